@@ -1,0 +1,176 @@
+"""The command line: every flag is a field of a configuration in config.py, every command one call."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from acs_fast import __version__
+from acs_fast.config import DistillConfig, EvaluateConfig, InputError, TrainConfig, resolve
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command: 0 on success, 2 with one sentence on stderr for unusable input, 130 when interrupted."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.call(args)
+    except InputError as error:
+        print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"acs-fast: cannot read or write{where}: {error.strerror or error}; what is written is whole, "
+            "mend this and run the same command again to continue",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("acs-fast: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; needs no torch."""
+    parser = argparse.ArgumentParser(
+        prog="acs-fast", description="Dataset distillation with diffusion models."
+    )
+    parser.add_argument("--version", action="version", version=f"acs-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "distill", help="sample a distilled set by adversary-guided curriculum sampling"
+    )
+    add_fields(command, DistillConfig)
+    command.add_argument(
+        "--evaluate", action="store_true", help="evaluate the set afterwards and write the report"
+    )
+    command.add_argument(
+        "--baselines", type=_names, default=(), help="with --evaluate: random, plain or both"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")
+    command.set_defaults(call=run_distill)
+
+    command = commands.add_parser(
+        "evaluate", help="train classifiers on a distilled set, test them on real images"
+    )
+    command.add_argument(
+        "path", metavar="RUN_OR_IMAGE_FOLDER", help="a run folder, or a folder <class>/*.png"
+    )
+    add_fields(command, EvaluateConfig)
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    command.set_defaults(call=run_evaluate)
+
+    command = commands.add_parser("train", help="train a small DiT on an image set")
+    add_fields(command, TrainConfig)
+    command.set_defaults(call=run_train)
+
+    command = commands.add_parser("env", help="versions, devices, and which optional part is missing and why")
+    command.set_defaults(call=run_env)
+    return parser
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
+    """A flag for every field of a configuration, and --config; flags not given stay out of the namespace."""
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings; flags overrule it")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.metadata["cli"]:
+            continue
+        kinds = typing.get_args(hints[field.name]) if isinstance(hints[field.name], types.UnionType) else ()
+        kind = kinds[0] if kinds else hints[field.name]
+        extra: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            extra = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is tuple:
+            names = typing.get_args(kind)[-1] is Ellipsis
+            extra = {"type": _names} if names else {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        if field.metadata["choices"]:
+            extra["choices"] = field.metadata["choices"]
+        default = "" if field.default is None else f" (default {field.default})"
+        flag = f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"] + default
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **extra)
+
+
+def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The settings that were given as flags."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+
+
+def run_distill(args: argparse.Namespace) -> None:
+    """`acs-fast distill`."""
+    config = resolve(DistillConfig, given(args, DistillConfig), args.config)
+    from acs_fast.curriculum import distill  # deferred: --help starts without torch
+
+    out = distill(config, overwrite=args.overwrite)
+    for name in ("images", "manifest.jsonl", "contact_sheet.png"):
+        print(f"  {out / name}")
+    if args.evaluate:
+        settings = {
+            "path": str(out),
+            "baselines": args.baselines,
+            "seed": config.seed,
+            "device": config.device,
+        }
+        report_evaluation(
+            resolve(EvaluateConfig, {"preset": evaluation_preset(out), **settings}), as_json=False
+        )
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """`acs-fast evaluate`."""
+    settings = {"preset": evaluation_preset(Path(args.path)), **given(args, EvaluateConfig)}
+    report_evaluation(resolve(EvaluateConfig, {**settings, "path": args.path}, args.config), args.json)
+
+
+def evaluation_preset(path: Path) -> str | None:
+    """The evaluation preset of a run: the bundled digits have one of their own."""
+    try:
+        record = json.loads((path / "config.json").read_text())
+        return "digits" if record["config"]["real"] == "digits" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def report_evaluation(config: EvaluateConfig, as_json: bool) -> None:
+    """Evaluate and print the table or the JSON."""
+    from acs_fast.evaluation import evaluate, format_table  # deferred: see run_distill
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        results = evaluate(config)
+    print(json.dumps(results, indent=2) if as_json else format_table(results))
+    report = Path(config.path) / "report.html"
+    if report.is_file() and not as_json:
+        print(f"  {Path(config.path) / 'results.json'}\n  {report}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """`acs-fast train`."""
+    config = resolve(TrainConfig, given(args, TrainConfig), args.config)
+    from acs_fast.training import train  # deferred: see run_distill
+
+    print(f"  {train(config)}")
+
+
+def run_env(args: argparse.Namespace) -> None:
+    """`acs-fast env`."""
+    from acs_fast.environment import report  # deferred: see run_distill
+
+    print(report())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

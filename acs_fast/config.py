@@ -1,0 +1,232 @@
+"""Frozen configurations and presets: the only place where a default value stands. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+
+class Configuration(Protocol):
+    """A dataclass, as the type checker sees it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Configuration)
+
+
+class InputError(ValueError):
+    """Something the user gave is unusable; the message is one sentence that names it and says what to do."""
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = (), cli: bool = True) -> Any:
+    """A dataclass field with the help text and the choices that the command line shows."""
+    return field(default=default, metadata={"help": text, "choices": choices, "cli": cli})
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What `distill` does: model, method (METHOD.md equations 1 to 4) and output. Every field is a flag."""
+
+    preset: str = option("digits", "named set of defaults for the fields below")
+    out: str = option("runs/digits", "output folder; an interrupted run there is continued")
+    model: str = option(
+        "digits", "DiT checkpoint: the bundled 'digits', a .safetensors or an official .pt file"
+    )
+    real: str = option(
+        "digits", "real images: the bundled 'digits' or a folder train/<class>/*, val/<class>/*"
+    )
+    classes: str | None = option(
+        None, "text file with one class folder a line; default: the model's own classes"
+    )
+    ipc: int = option(10, "images per class")
+    num_curricula: int = option(5, "number of curricula the ipc images are split into")
+    objective: str = option(
+        "adversarial", "what the guidance ascends", ("adversarial", "nonsaturating", "learnability")
+    )
+    omega: float = option(0.5, "weight of the real-image classifier in the learnability objective")
+    guidance_scale: float = option(
+        0.3, "length of the guidance step in trust radii; 0 samples without guidance"
+    )
+    trust_radius: str = option("sigma", "unit of the guidance step", ("sigma", "eps"))
+    guidance_window: tuple[float, float] = option((0.1, 0.7), "guide while t/T lies in this closed interval")
+    jacobian: str = option("identity", "how d x0 / d x_t is taken", ("identity", "full"))
+    cfg_scale: float = option(4.0, "classifier-free guidance scale; 1 is the conditional model")
+    cfg_channels: int | None = option(
+        None, "guide the first so many channels (3 for the official DiT); default all"
+    )
+    num_sampling_steps: int = option(50, "denoising steps after respacing")
+    sampler: str = option("ddpm", "sampler", ("ddpm", "ddim"))
+    eta: float = option(0.0, "DDIM noise level: 0 deterministic, 1 as much as DDPM")
+    variance: str = option(
+        "auto",
+        "DDPM variance; auto: learned_range if the model has it",
+        ("auto", "learned_range", "fixed_small"),
+    )
+    clip_denoised: bool = option(False, "clamp the predicted x0 to [-1, 1] (pixel models)")
+    discriminator: str = option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
+    discriminator_init: str = option(
+        "scratch", "start each discriminator anew or from the last one", ("scratch", "warm")
+    )
+    discriminator_steps: int = option(200, "training steps of each discriminator")
+    discriminator_lr: float = option(1e-3, "AdamW learning rate of the discriminators")
+    discriminator_batch_size: int = option(64, "images per training step of the discriminators")
+    discriminator_augment: str = option(
+        "crop", "training transform of the classifiers", ("none", "crop", "cutmix")
+    )
+    discriminator_noise: float = option(0.0, "standard deviation of the noise added to its training images")
+    real_steps: int = option(1000, "training steps of the real-image classifier (learnability)")
+    batch_size: int = option(100, "images sampled together")
+    seed: int = option(0, "seed of the run: noise is keyed by (seed, class, index, step)")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+    backend: str = option(
+        "auto", "implementation of the sampling step; auto takes the fastest", ("auto", "reference")
+    )
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_window
+        curricula, steps = self.num_curricula, self.num_sampling_steps
+        _require(curricula >= 1, f"--num-curricula is {curricula}, it must be at least 1")
+        _require(
+            self.ipc >= curricula,
+            f"--ipc {self.ipc} is smaller than --num-curricula {curricula}; "
+            "every curriculum needs an image of each class",
+        )
+        _require(self.batch_size >= 1, f"--batch-size is {self.batch_size}, it must be at least 1")
+        _require(2 <= steps <= 1000, f"--num-sampling-steps is {steps}, it must be 2 to 1000")
+        _require(0 <= low <= high <= 1, f"--guidance-window {low} {high} is no interval inside 0 to 1")
+        _require(
+            self.guidance_scale >= 0, f"--guidance-scale is {self.guidance_scale}, it must not be negative"
+        )
+        _require(0 <= self.eta <= 1, f"--eta is {self.eta}, it must be 0 to 1")
+        _require(0 <= self.seed < 2**63, f"--seed is {self.seed}, it must be 0 to 2^63 - 1")
+        for name in ("discriminator_steps", "real_steps", "discriminator_batch_size"):
+            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How to judge a distilled set: fresh classifiers trained on it alone, tested on real held-out images."""
+
+    preset: str | None = option(None, "named set of defaults for the fields below; default: that of the run")
+    path: str = option("runs/digits", "run folder or image folder <class>/*.png", cli=False)
+    real: str | None = option(None, "real images: 'digits' or a folder; default: those of the run")
+    protocol: str = option("hard-sgd", "training protocol", ("hard-sgd", "hard-adamw"))
+    network: str | None = option(
+        None, "convnet-<depth>, resnet-18 or resnetap-10; default: convnet of the size's depth"
+    )
+    ipc: int | None = option(None, "use the first so many images of each class; default all")
+    repeats: int = option(3, "classifiers trained, with seeds seed, seed + 1, ...")
+    epochs: int | None = option(None, "training epochs; default: the protocol's, by ipc")
+    baselines: tuple[str, ...] = option(
+        (), "comma-separated: random (real images), plain (unguided sampling)"
+    )
+    seed: int = option(0, "seed of the first repeat")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        _require(self.repeats >= 1, f"--repeats is {self.repeats}, it must be at least 1")
+        _require(self.epochs is None or self.epochs >= 1, f"--epochs is {self.epochs}, it must be at least 1")
+        _require(self.ipc is None or self.ipc >= 1, f"--ipc is {self.ipc}, it must be at least 1")
+        for name in self.baselines:
+            _require(name in ("random", "plain"), f"there is no baseline {name!r}; use random, plain or both")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a DiT is trained: epsilon prediction with learned-range variance (the hybrid loss of IDDPM)."""
+
+    preset: str = option("digits", "named set of defaults for the fields below")
+    out: str = option("runs/dit", "output folder for model.safetensors and train.json")
+    real: str = option("digits", "training images: the bundled 'digits' or a folder train/<class>/*")
+    hidden_size: int = option(128, "width of the transformer")
+    depth: int = option(5, "number of blocks")
+    num_heads: int = option(4, "attention heads")
+    patch_size: int = option(2, "patch edge in pixels")
+    iterations: int = option(4000, "training steps")
+    batch_size: int = option(128, "images per step")
+    lr: float = option(1e-3, "peak AdamW learning rate, cosine to zero after a short warm-up")
+    weight_decay: float = option(0.01, "AdamW weight decay")
+    class_dropout_prob: float = option(0.1, "probability of the null label, for classifier-free guidance")
+    max_shift: int = option(0, "random translation of training images, in pixels")
+    ema_decay: float = option(0.999, "decay of the exponential moving average that is saved")
+    seed: int = option(0, "seed of weights, batches and noise")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+
+
+# name -> values other than the class's defaults; measured in benchmarks/results (see benchmarks/README.md)
+PRESETS: dict[type, dict[str, dict[str, Any]]] = {
+    DistillConfig: {"digits": {"clip_denoised": True}},
+    EvaluateConfig: {"digits": {"protocol": "hard-adamw", "epochs": 300}},
+    TrainConfig: {"digits": {"out": "runs/digits-dit"}},
+}
+
+
+def resolve(cls: type[T], given: dict[str, Any], file: str | None = None) -> T:
+    """A configuration from, in falling order, the given values, a JSON or YAML file, preset and defaults.
+
+    Raises InputError for an unknown preset, a name that is no field, or a value of the wrong type.
+    """
+    values = {**(_read_file(Path(file)) if file else {}), **given}
+    presets = PRESETS.get(cls, {})
+    name = values.get("preset", next(f.default for f in dataclasses.fields(cls) if f.name == "preset"))
+    if name is not None and name not in presets:
+        raise InputError(f"there is no preset {name!r}; use {', '.join(presets)}")
+    merged = {**presets.get(name, {}), **values}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key, value in merged.items():
+        if key not in fields:
+            raise InputError(f"{key!r} is no setting of {cls.__name__}; known: {', '.join(fields)}")
+        merged[key] = _convert(key, value, hints[key], fields[key].metadata.get("choices", ()))
+    return cls(**merged)
+
+
+def _convert(name: str, value: Any, hint: Any, choices: tuple[str, ...]) -> Any:
+    """`value` as the field's type; JSON and YAML have lists for tuples and integers for floats."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        if not isinstance(value, list | tuple) or (parts[-1] is not Ellipsis and len(value) != len(parts)):
+            raise InputError(f"{name} is {value!r}, it must be a list like {kind}")
+        return tuple(_convert(name, part, parts[0], choices) for part in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{name} is {value!r}, it must be {kind.__name__}")
+    if choices and value not in choices:
+        raise InputError(f"{name} is {value!r}, it must be one of {', '.join(choices)}")
+    return value
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        if path.suffix in (".yaml", ".yml"):
+            import yaml  # deferred: the command line starts without it
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"configuration {path} cannot be read ({error}); give a JSON or YAML file"
+        ) from error
+    except Exception as error:  # yaml.YAMLError, a class of the deferred module
+        raise InputError(f"configuration {path} is not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"configuration {path} holds no settings; write one 'name: value' a line")
+    return values.get("config", values)  # a run's own config.json serves too

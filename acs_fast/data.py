@@ -1,0 +1,160 @@
+"""Real and distilled images as tensors: the bundled digits, image folders and class lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch import Tensor
+
+from acs_fast.config import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+DIGITS = "digits"  # the name of the bundled data set
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one size: uint8 [N, C, H, W], labels int64 [N], class folder names in label order.
+
+    `mirror`: a mirrored image still shows its class, so training may flip it (true of objects, not digits).
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    mirror: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, ipc: int) -> ImageSet:
+        """The first `ipc` images of every class."""
+        return self.take(
+            torch.cat([torch.nonzero(self.labels == y)[:ipc, 0] for y in range(len(self.classes))])
+        )
+
+    def random(self, ipc: int, seed: int) -> ImageSet:
+        """`ipc` random images of every class."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = []
+        for y in range(len(self.classes)):
+            members = torch.nonzero(self.labels == y)[:, 0]
+            chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
+        return self.take(torch.cat(chosen))
+
+    def take(self, rows: Tensor) -> ImageSet:
+        """The images of the given row numbers."""
+        return ImageSet(self.images[rows], self.labels[rows], self.classes, self.mirror)
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 [..] to fp32 in [-1, 1]: v / 127.5 - 1."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] to uint8, clamped and rounded to the nearest level: inverse of `to_model_range`."""
+    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """The class folder names of a text file, one a line, in label order."""
+    try:
+        names = tuple(line.split()[0] for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"class list {path} cannot be read ({error}); give a text file, one class a line"
+        ) from error
+    return check_classes(names)
+
+
+def check_classes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names unchanged, or InputError for one that is not a plain, unique folder name."""
+    for name in names:
+        if name in ("", ".", "..") or any(c in name for c in "/\\\0") or not name.isprintable():
+            raise InputError(f"class name {name!r} is not a plain folder name; rename the class")
+    if len(set(names)) != len(names):
+        raise InputError(
+            f"class {next(n for n in names if names.count(n) > 1)!r} is listed twice; list it once"
+        )
+    return names
+
+
+def load_images(
+    source: str,
+    split: str,
+    classes: tuple[str, ...] | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+) -> ImageSet:
+    """All images of a source: `digits` or a folder `<split>/<class>/*` (or `<class>/*` without splits).
+
+    split: `train` or `val`. classes: label order, default the sorted folder names. size: shorter side resized
+    to it and the centre cropped, default the size of the first image. channels: 1 or 3, default those of the
+    first image.
+
+    Raises InputError naming a missing folder, an empty class or an unreadable image.
+    """
+    if source == DIGITS:
+        return _load_digits(split, classes)
+    root = Path(source)
+    root = root / split if (root / split).is_dir() else root
+    if not root.is_dir():
+        raise InputError(f"there is no image folder {root}; give a folder of class folders")
+    names = classes or tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    if not names:
+        raise InputError(f"image folder {root} has no class folders; expected {root}/<class>/<image>")
+    images, labels = [], []
+    for label, name in enumerate(check_classes(names)):
+        folder = root / name
+        files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise InputError(f"class folder {folder} is missing or holds no images; known: {_known(root)}")
+        for path in files:
+            pixels = read_image(path, size, channels)
+            size, channels = size or min(pixels.shape[1:]), channels or pixels.shape[0]
+            images.append(pixels)
+            labels.append(label)
+    return ImageSet(torch.stack(images), torch.tensor(labels), names)
+
+
+def read_image(path: Path, size: int | None = None, channels: int | None = None) -> Tensor:
+    """One image as uint8 [C, H, W], square when `size` is given; InputError names an unreadable file."""
+    try:
+        with Image.open(path) as file:
+            grey = channels == 1 or (channels is None and file.mode in ("1", "L"))
+            image = ImageOps.exif_transpose(file).convert("L" if grey else "RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"image {path} cannot be read ({error}); remove or replace it") from error
+    size = size or min(image.size)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1).contiguous()
+
+
+def _load_digits(split: str, classes: tuple[str, ...] | None) -> ImageSet:
+    tensors = load_file(ASSETS / "digits.safetensors")
+    names = tuple(str(digit) for digit in range(10))
+    images, labels = tensors["images"], tensors["labels"].long()
+    rows = tensors["test"].bool() if split == "val" else ~tensors["test"].bool()
+    chosen = ImageSet(images[rows], labels[rows], names, mirror=False)
+    if classes is None or classes == names:
+        return chosen
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise InputError(f"the digits have no class {unknown[0]!r}; known: {' '.join(names)}")
+    kept = [chosen.take(torch.nonzero(chosen.labels == names.index(name))[:, 0]) for name in classes]
+    new_labels = torch.cat([torch.full((len(part),), y) for y, part in enumerate(kept)])
+    return ImageSet(torch.cat([part.images for part in kept]), new_labels, classes, mirror=False)
+
+
+def _known(root: Path) -> str:
+    names = sorted(p.name for p in root.iterdir() if p.is_dir())
+    return " ".join(names[:10]) + (" ..." if len(names) > 10 else "")

@@ -1,0 +1,78 @@
+"""ACS's adversarial guidance: objectives, trust radii, gradient paths; equations (3) and (4) of METHOD.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acs_fast.diffusion import NUM_TRAIN_TIMESTEPS, StepCoefficients
+
+
+def adversarial(logits: Tensor, class_labels: Tensor) -> Tensor:
+    """L = CE(f_i(z), y) [ours, from the paper's abstract]: fp32 [B] from logits [B, K]."""
+    return F.cross_entropy(logits, class_labels, reduction="none")
+
+
+def nonsaturating(logits: Tensor, class_labels: Tensor) -> Tensor:
+    """L = log(1 - p_i(y | z)) [CUDD]: log-sum-exp of the other logits minus that of all; fp32 [B]."""
+    others = logits.scatter(1, class_labels[:, None], -math.inf)
+    return torch.logsumexp(others, dim=1) - torch.logsumexp(logits, dim=1)
+
+
+def learnability(logits: Tensor, real_logits: Tensor, class_labels: Tensor, omega: float) -> Tensor:
+    """L = CE(f_i(z), y) - omega CE(f_real(z), y) [LGD, arXiv 2604.00519]: fp32 [B]."""
+    return adversarial(logits, class_labels) - omega * adversarial(real_logits, class_labels)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What steers a curriculum: the discriminator f_i, the objective L to ascend, the length of a step."""
+
+    objective: str
+    discriminator: nn.Module
+    real_classifier: nn.Module | None  # f_real, for `learnability` alone
+    omega: float
+    scale: float
+    trust_radius: str
+    window: tuple[float, float]
+    jacobian: str
+
+    def active(self, c: StepCoefficients) -> bool:
+        """w(t): whether t / T lies in the guided window."""
+        return self.window[0] <= c.timestep / NUM_TRAIN_TIMESTEPS <= self.window[1]
+
+    def value(self, z: Tensor, class_labels: Tensor) -> Tensor:
+        """L(z, y) per sample, fp32 [B], of predicted clean samples z [B, C, H, W]."""
+        logits = self.discriminator(z)
+        if self.objective == "learnability":
+            assert self.real_classifier is not None
+            return learnability(logits, self.real_classifier(z), class_labels, self.omega)
+        return (adversarial if self.objective == "adversarial" else nonsaturating)(logits, class_labels)
+
+    def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor) -> Tensor:
+        """g / ||g|| per sample (3), (4), zero where g is: [B, C, H, W].
+
+        jacobian `identity`: g = dL/dz at z = x0; d x0 / d x_t is a factor 1 / sqrt(a_t) the norm removes.
+        jacobian `full`: g = dL/dx_t through the denoiser; pred_xstart must be a differentiable function of x.
+        """
+        with torch.enable_grad():
+            if self.jacobian == "identity":
+                x = pred_xstart = pred_xstart.detach().requires_grad_()
+            (g,) = torch.autograd.grad(self.value(pred_xstart, class_labels).sum(), x)
+        norm = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
+        return torch.where(norm > 0, g / norm.clamp_min(torch.finfo(g.dtype).tiny), 0.0)
+
+    def radius(self, eps: Tensor, c: StepCoefficients) -> Tensor:
+        """s_t = scale r_t per sample (4): [B, 1, 1, 1].
+
+        `sigma`: r_t = the step's posterior standard deviation times sqrt(numel) (DDPM's, also with DDIM).
+        `eps`: r_t = sqrt(1 - a_t) ||eps||, as IGD and LGD normalise.
+        """
+        if self.trust_radius == "sigma":
+            return torch.full_like(eps[:, :1, :1, :1], self.scale * c.sigma * math.sqrt(eps[0].numel()))
+        norm = torch.linalg.vector_norm(eps, dim=(1, 2, 3), keepdim=True)
+        return self.scale * math.sqrt(1.0 - c.alpha_cumprod) * norm

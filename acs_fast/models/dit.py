@@ -1,0 +1,307 @@
+"""The diffusion transformer (DiT, Peebles & Xie 2023) with official parameter names, and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from acs_fast.config import InputError
+
+FREQUENCY_EMBEDDING_SIZE = 256
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT. `classes`: the class folders in label order (empty: they are the label numbers)."""
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    classes: tuple[str, ...] = ()
+
+
+SIZES = {  # the official sizes: depth, hidden size, heads
+    "DiT-XL": (28, 1152, 16),
+    "DiT-L": (24, 1024, 16),
+    "DiT-B": (12, 768, 12),
+    "DiT-S": (12, 384, 6),
+}
+
+
+def official_config(name: str, input_size: int = 32) -> DiTConfig:
+    """An official model's configuration by name, as `DiT-XL/2`; `input_size` 32 is 256 px, 64 is 512 px."""
+    size, _, patch = name.partition("/")
+    depth, hidden_size, num_heads = SIZES[size]
+    return DiTConfig(input_size, int(patch), hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+
+
+def sincos_pos_embed(hidden_size: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding, columns (w) in the first half of the width, rows (h) in the second.
+
+    fp32 [1, grid^2, hidden_size]; each half is [sin(p w_k), cos(p w_k)] with w_k = 10000^(-4k / hidden_size).
+    """
+    omega = 10000.0 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4.0))
+    position = torch.arange(grid, dtype=torch.float64)
+    angle = position[:, None] * omega  # [grid, D / 4]
+    axis = torch.cat((angle.sin(), angle.cos()), dim=1)  # [grid, D / 2]
+    table = torch.cat((axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)), dim=1)
+    return table.float().unsqueeze(0)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with x [B, T, D] and shift, scale [B, D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Scalar timesteps [B] to [B, D]: cosine-sine features of 256 frequencies, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = FREQUENCY_EMBEDDING_SIZE // 2
+        freqs = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timesteps.device))
+        angle = timesteps[:, None].float() * freqs
+        features = torch.cat((angle.cos(), angle.sin()), dim=1)
+        return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels [B] to [B, D]; row `num_classes` is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, class_labels: Tensor) -> Tensor:
+        return self.embedding_table(class_labels)
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] to tokens [B, T, D] by a strided convolution, row-major."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused QKV projection."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-GELU between; width ratio 4."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection of tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """eps_theta(x_t, t, y): [B, C, H, W] to the same; [B, 2C, H, W] (eps, variance values) if learn_sigma."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        grid = config.input_size // config.patch_size
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(config.hidden_size, grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(config.hidden_size, config.num_heads) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+
+    @property
+    def null_label(self) -> int:
+        """The label of the unconditional branch."""
+        return self.config.num_classes
+
+    def initialize_weights(self) -> None:
+        """As the official code: Xavier linears, N(0, 0.02) embeddings, zero gates and output (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[0]).weight, std=0.02)
+        nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[2]).weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            linear = cast(nn.Linear, cast(DiTBlock | FinalLayer, layer).adaLN_modulation[1])
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """[B, T, p p C] to [B, C, H, W]."""
+        p, grid = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = tokens.view(-1, grid, grid, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, grid * p, grid * p)
+
+    def forward(self, x: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(timesteps) + self.y_embedder(class_labels)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self.unpatchify(self.final_layer(tokens, c))
+
+
+def save_checkpoint(model: DiT, path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write the weights as safetensors with the DiTConfig as JSON metadata."""
+    tensors = {
+        name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()
+    }
+    metadata = {"format": "acs_fast.dit", "config": json.dumps(dataclasses.asdict(model.config))}
+    save_file(tensors, path, metadata=metadata)
+
+
+def load_checkpoint(path: Path) -> DiT:
+    """A DiT in fp32 and eval mode, without gradients, from our safetensors or an official `.pt` state dict.
+
+    Raises InputError for a missing, truncated or foreign file and names the first tensor of another shape.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"there is no checkpoint {path}; give --model a .safetensors or official DiT .pt file"
+        )
+    state, config = _read_torch(path) if path.suffix in (".pt", ".pth") else _read_safetensors(path)
+    with torch.device("meta"):
+        model = DiT(config)
+    expected = model.state_dict()
+    for name, parameter in expected.items():
+        if name not in state:
+            raise InputError(f"checkpoint {path} has no tensor {name}; it is not a DiT of {config}")
+        if state[name].shape != parameter.shape:
+            raise InputError(
+                f"checkpoint {path}: {name} has shape {list(state[name].shape)}, its configuration needs "
+                f"{list(parameter.shape)}; give a checkpoint whose weights fit its configuration"
+            )
+    extra = sorted(set(state) - set(expected))
+    if extra:
+        raise InputError(
+            f"checkpoint {path} has the unexpected tensor {extra[0]}; it is not a DiT of {config}"
+        )
+    model.load_state_dict({name: value.float() for name, value in state.items()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        fields = json.loads(metadata["config"])
+        return state, DiTConfig(**{**fields, "classes": tuple(fields["classes"])})
+    except SafetensorError as error:
+        raise InputError(f"checkpoint {path} is damaged ({error}); copy or train it again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"checkpoint {path} carries no DiT configuration in its metadata; make it with acs-fast train"
+        ) from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or pickled file
+        raise InputError(
+            f"checkpoint {path} cannot be read as plain weights ({type(error).__name__})"
+        ) from error
+    state = state.get("ema", state) if isinstance(state, dict) else {}
+    try:
+        return state, _infer_official_config(state)
+    except (KeyError, AttributeError) as error:
+        raise InputError(f"checkpoint {path} is not an official DiT: it lacks {error}") from error
+
+
+def _infer_official_config(state: dict[str, Tensor]) -> DiTConfig:
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    num_heads = {hidden: heads for _, hidden, heads in SIZES.values()}.get(
+        hidden_size, max(1, hidden_size // 64)
+    )
+    outputs = state["final_layer.linear.weight"].shape[0] // patch_size**2
+    return DiTConfig(
+        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=num_heads,
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        learn_sigma=outputs == 2 * in_channels,
+    )

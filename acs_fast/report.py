@@ -1,0 +1,127 @@
+"""Pictures and pages of a run: the contact sheet and report.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from acs_fast.writer import write_atomic
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .25rem 1rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+img {{ max-width: 100%; image-rendering: pixelated }}
+.plot {{ image-rendering: auto }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow: auto }}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+<h2>Accuracy on real images</h2>
+<table><tr><th>set<th>best<th>last</tr>{rows}</table>
+<p>Protocol {protocol}: top-1 accuracy in percent on {test_images} real test images of {network} trained for
+{epochs} epochs on {ipc} images per class, mean &plusmn; standard deviation over the repeats.
+&ldquo;Best&rdquo; is the best of the validations on the test set, which flatters every row.</p>
+<h2>The distilled set</h2>
+<p>A row a class, a block of columns a curriculum.</p>
+<img alt="contact sheet" src="data:image/png;base64,{sheet}">
+<h2>What each discriminator made of the images it steered</h2>
+<img class="plot" alt="discriminator loss and accuracy by curriculum" src="data:image/png;base64,{curves}">
+<h2>Configuration</h2>
+<pre>{config}</pre>
+</html>
+"""
+
+MIN_CELL = 32  # pixels: small images are enlarged by a whole factor to at least this
+GAP, BLOCK_GAP = 2, 12
+
+
+def contact_sheet(images: Path, classes: tuple[str, ...], curricula: Sequence[Sequence[int]]) -> bytes:
+    """The PNG bytes of all images: a row a class, a block of columns a curriculum, both labelled."""
+    with Image.open(images / classes[0] / "0.png") as first:
+        edge = first.width * max(1, -(-MIN_CELL // first.width))
+    label_width = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name)) for name in classes)
+    columns = sum(len(block) for block in curricula)
+    width = label_width + columns * (edge + GAP) + (len(curricula) - 1) * BLOCK_GAP
+    sheet = Image.new("RGB", (width, 16 + len(classes) * (edge + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = label_width
+    for number, block in enumerate(curricula, start=1):
+        draw.text((left, 2), f"S{number}", fill="black")
+        for index in block:
+            for row, name in enumerate(classes):
+                with Image.open(images / name / f"{index}.png") as image:
+                    cell = image.convert("RGB").resize((edge, edge), Image.Resampling.NEAREST)
+                sheet.paste(cell, (left, 16 + row * (edge + GAP)))
+            left += edge + GAP
+        left += BLOCK_GAP
+    for row, name in enumerate(classes):
+        draw.text((4, 16 + row * (edge + GAP) + edge // 2 - 6), name, fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_report(run: Path, results: dict[str, Any]) -> Path:
+    """Write `report.html` of an evaluated run, with its pictures inside, and return its path."""
+    record = json.loads((run / "config.json").read_text())
+    config = record["config"]
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}"
+        + "".join(f"<td>{row[key]['mean']:.1f} &plusmn; {row[key]['std']:.1f}" for key in ("best", "last"))
+        + "</tr>"
+        for name, row in results["sets"].items()
+    )
+    page = PAGE.format(
+        title=html.escape(f"Distilled set {run.name}"),
+        summary=html.escape(
+            f"{config['ipc'] * len(record['classes'])} images of {len(record['classes'])} classes in "
+            f"{config['num_curricula']} curricula; objective {config['objective']}, guidance scale "
+            f"{config['guidance_scale']:g}, CFG {config['cfg_scale']:g}, seed {config['seed']}. "
+            f"{record['device']}, torch {record['versions']['torch']}, "
+            f"commit {record['commit'] or 'of an installed package'}."
+        ),
+        rows=rows,
+        sheet=base64.b64encode((run / "contact_sheet.png").read_bytes()).decode(),
+        curves=base64.b64encode(discriminator_curves(run / "manifest.jsonl")).decode(),
+        config=html.escape(json.dumps(config, indent=2)),
+        **{
+            key: html.escape(str(results[key]))
+            for key in ("protocol", "test_images", "network", "epochs", "ipc")
+        },
+    )
+    write_atomic(run / "report.html", page.encode())
+    return run / "report.html"
+
+
+def discriminator_curves(manifest: Path) -> bytes:
+    """The PNG bytes of each discriminator's mean loss and accuracy on images it steered, by curriculum."""
+    # deferred: only the report draws, and the import takes half a second
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    guided = sorted({row["curriculum"] for row in rows if row["discriminator_loss"] is not None})
+    of = {number: [row for row in rows if row["curriculum"] == number] for number in guided}
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(guided, [statistics.fmean(r["discriminator_loss"] for r in of[i]) for i in guided], "o-")
+    loss.set(xlabel="curriculum", ylabel="cross-entropy", xticks=guided, ylim=(0, None))
+    accuracy.plot(
+        guided, [100 * statistics.fmean(r["discriminator_correct"] for r in of[i]) for i in guided], "o-"
+    )
+    accuracy.set(xlabel="curriculum", ylabel="accuracy, %", xticks=guided, ylim=(0, 101))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,183 @@
+"""The run folder: its lock, its files (each written whole or not at all), images and the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from acs_fast.config import InputError
+
+RUN_CONFIG = "config.json"
+MANIFEST = "manifest.jsonl"
+# all that distill, evaluate and report put into a run folder; --overwrite removes these and nothing else
+CONTENTS = (
+    MANIFEST,
+    "images",
+    "samples",
+    "discriminators",
+    "baselines",
+    "contact_sheet.png",
+    "results.json",
+    "report.html",
+)
+# settings that do not change what is written: a run may be continued with other values of these
+FREE = ("out", "preset")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write the file whole or not at all, on disk on return; makes the folder. OSError names the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors."""
+    write_atomic(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a safetensors file, or None if it is missing or damaged (it is then made again)."""
+    try:
+        return load_file(path) if path.is_file() else None
+    except SafetensorError:
+        return None
+
+
+def encode_png(image: Tensor) -> bytes:
+    """uint8 [C, H, W] with 1 or 3 channels to the bytes of an 8-bit L or RGB PNG."""
+    pixels = image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the kernel drops the lock however the process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another process is writing to {out}; wait for it or give another --out"
+            ) from error
+        yield
+
+
+def claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """Make `out` the folder of the run that `record` describes: continue an equal run there, or start.
+
+    Raises InputError for a run of another configuration (unless `overwrite`) and for files of something else.
+    """
+    path = out / RUN_CONFIG
+    record = json.loads(json.dumps(record))
+    if path.is_file() and overwrite:
+        clear(out)
+    elif path.is_file():
+        difference = config_difference(path, record)
+        if difference:
+            raise InputError(
+                f"{out} holds a run of another configuration ({difference}); "
+                "give another --out, or --overwrite"
+            )
+        return
+    if any((out / name).exists() for name in CONTENTS):
+        raise InputError(f"{out} holds files of something else; give another --out")
+    write_json(path, record)
+
+
+def config_difference(path: Path, record: dict[str, Any]) -> str:
+    """The first difference that matters between the configuration at `path` and `record`; empty if none."""
+    try:
+        stored = json.loads(path.read_text())
+        pairs = {name: (stored["config"].get(name), value) for name, value in record["config"].items()}
+        pairs |= {name: (stored[name], record[name]) for name in ("model_sha256", "classes", "class_labels")}
+    except (ValueError, KeyError, TypeError):
+        return f"{path.name} cannot be read"
+    different = ((name, old, new) for name, (old, new) in pairs.items() if old != new)
+    return next((f"{name} {old} there, {new} here" for name, old, new in different if name not in FREE), "")
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run left in `out`, for --overwrite; anything else in the folder stays.
+
+    The configuration goes last: while it is there, an interrupted removal still counts as a run folder.
+    """
+    for name in (*CONTENTS, RUN_CONFIG):
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class Manifest:
+    """`manifest.jsonl`: one row an image, appended batch by batch once the batch's images are on disk."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.path = out / MANIFEST
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a line cut short by a kill
+                    row = json.loads(line)
+                    self.rows[row["class"], row["index"]] = row
+
+    def holds(self, keys: list[tuple[str, int]]) -> bool:
+        """Whether every (class, index) has a row and its image file is the one written then."""
+        return all(key in self.rows and self._digest(key) == self.rows[key]["sha256"] for key in keys)
+
+    def append(self, images: Tensor, rows: list[dict[str, Any]]) -> None:
+        """Write a batch's images (uint8 [B, C, H, W]), then its rows, to which it adds the file's SHA-256."""
+        for image, row in zip(images, rows, strict=True):
+            data = encode_png(image)
+            write_atomic(self.image_path((row["class"], row["index"])), data)
+            row["sha256"] = hashlib.sha256(data).hexdigest()
+            self.rows[row["class"], row["index"]] = row
+        with open(self.path, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewrite(self, keys: list[tuple[str, int]]) -> None:
+        """Replace the file by the rows of `keys` that exist, in that order: no cut or doubled line stays."""
+        kept = [self.rows[key] for key in keys if key in self.rows]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def image_path(self, key: tuple[str, int]) -> Path:
+        """`<out>/images/<class>/<index>.png`."""
+        return self.out / "images" / key[0] / f"{key[1]}.png"
+
+    def _digest(self, key: tuple[str, int]) -> str | None:
+        path = self.image_path(key)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

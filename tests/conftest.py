@@ -1,0 +1,42 @@
+"""Tiny runs that every end-to-end test shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from acs_fast import DistillConfig
+from acs_fast.config import resolve
+
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+
+@pytest.fixture
+def two_digits(tmp_path: Path) -> str:
+    """A class list of two digits."""
+    path = tmp_path / "classes.txt"
+    path.write_text("3\n8\n")
+    return str(path)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, two_digits: str):
+    """A function that makes the configuration of a run of seconds: 2 classes, 3 curricula, 4 steps."""
+
+    def make(**settings: object) -> DistillConfig:
+        defaults = {
+            "out": str(tmp_path / "run"),
+            "classes": two_digits,
+            "ipc": 4,
+            "num_curricula": 3,
+            "num_sampling_steps": 4,
+            "guidance_window": [0.0, 1.0],
+            "discriminator_steps": 3,
+            "real_steps": 3,
+            "batch_size": 3,
+        }
+        return resolve(DistillConfig, {**defaults, **settings})
+
+    return make

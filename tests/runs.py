@@ -1,0 +1,21 @@
+"""What the end-to-end tests share: the bytes of a run folder, and the command line called in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acs_fast.cli import main
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a run folder but its lock, by relative path."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def refused(argv: list[str], capsys) -> str:
+    """The one sentence that the command line answers unusable input with."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("acs-fast: ") and error.count("\n") == 1, error
+    return error

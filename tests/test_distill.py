@@ -1,0 +1,196 @@
+"""The main job end to end on a tiny run: files, identity of bytes, curricula, every option of the sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from acs_fast import InputError, distill
+from acs_fast.curriculum import Item, curriculum_batches, curriculum_ranges
+from tests.runs import contents
+
+
+@pytest.mark.parametrize(
+    ("ipc", "curricula", "sizes"),
+    [(10, 5, [2, 2, 2, 2, 2]), (10, 4, [2, 2, 3, 3]), (5, 5, [1] * 5), (7, 2, [3, 4]), (3, 1, [3])],
+)
+def test_curricula_are_contiguous_and_the_remainder_goes_last(
+    ipc: int, curricula: int, sizes: list[int]
+) -> None:
+    ranges = curriculum_ranges(ipc, curricula)
+    assert [len(part) for part in ranges] == sizes
+    assert [index for part in ranges for index in part] == list(range(ipc))
+
+
+def test_batches_go_class_by_class() -> None:
+    batches = curriculum_batches(2, range(4, 6), 3)
+    assert batches == [[Item(0, 4), Item(0, 5), Item(1, 4)], [Item(1, 5)]]
+
+
+def test_files_of_a_run(tiny) -> None:
+    out = distill(tiny())
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert sorted((row["class"], row["index"]) for row in rows) == [(c, k) for c in "38" for k in range(4)]
+    assert [row["curriculum"] for row in rows] == [1] * 2 + [2] * 2 + [3] * 4
+    for row in rows:
+        path = out / "images" / row["class"] / f"{row['index']}.png"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("L", (8, 8))
+        guided = row["curriculum"] > 1
+        assert (row["discriminator_loss"] is not None) == guided
+        assert (row["discriminator_correct"] is not None) == guided
+    record = json.loads((out / "config.json").read_text())
+    assert (
+        record["config"]["ipc"] == 4 and record["classes"] == ["3", "8"] and record["class_labels"] == [3, 8]
+    )
+    assert record["versions"]["torch"] == torch.__version__
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.height == 16 + 2 * 34 and sheet.width > 4 * 34
+
+
+def test_samples_are_the_images(tiny) -> None:
+    out = distill(tiny())
+    samples = load_file(out / "samples" / "1-0.safetensors")[
+        "samples"
+    ]  # curriculum 1: index 0 of both classes
+    for row, name in enumerate("38"):
+        with Image.open(out / "images" / name / "0.png") as image:
+            pixels = torch.from_numpy(np.array(image)).long()[None]
+        assert torch.equal(pixels, ((samples[row].clamp(-1, 1) + 1) * 127.5).round().long())
+
+
+def test_the_same_configuration_writes_the_same_bytes(tiny, tmp_path: Path) -> None:
+    first, second = (distill(tiny(out=str(tmp_path / name), objective="learnability")) for name in ("a", "b"))
+    one, two = contents(first), contents(second)
+    one.pop("config.json"), two.pop("config.json")  # they differ in `out` alone
+    assert one == two
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, capsys) -> None:
+    out = distill(tiny())
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
+    bytes_before = contents(out)
+    distill(tiny())
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert contents(out) == bytes_before
+    assert "0 of them sampled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"cfg_scale": 2.0},
+        {"num_sampling_steps": 5},
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5},
+        {"variance": "fixed_small"},
+        {"clip_denoised": False},
+    ],
+    ids=str,
+)
+def test_settings_of_the_sampler_change_the_first_curriculum(tiny, tmp_path: Path, change: dict) -> None:
+    plain = distill(tiny(out=str(tmp_path / "plain"), cfg_scale=4.0))
+    changed = distill(tiny(out=str(tmp_path / "changed"), **{"cfg_scale": 4.0, **change}))
+    name = "samples/1-0.safetensors"
+    assert (plain / name).read_bytes() != (changed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective": "nonsaturating"},
+        {"objective": "learnability"},
+        {"objective": "learnability", "omega": 2.0},
+        {"guidance_scale": 0.7},
+        {"guidance_window": [0.0, 0.5]},
+        {"trust_radius": "eps"},
+        {"jacobian": "full"},
+        {"discriminator": "convnet-2"},
+        {"discriminator_steps": 5},
+        {"discriminator_lr": 0.01},
+    ],
+    ids=str,
+)
+def test_settings_of_the_guidance_change_later_curricula_alone(tiny, tmp_path: Path, change: dict) -> None:
+    plain = distill(tiny(out=str(tmp_path / "plain")))
+    changed = distill(tiny(out=str(tmp_path / "changed"), **change))
+    assert (plain / "samples/1-0.safetensors").read_bytes() == (
+        changed / "samples/1-0.safetensors"
+    ).read_bytes()
+    assert (plain / "samples/2-0.safetensors").read_bytes() != (
+        changed / "samples/2-0.safetensors"
+    ).read_bytes()
+
+
+def test_warm_start_changes_the_third_curriculum_first(tiny, tmp_path: Path) -> None:
+    scratch = distill(tiny(out=str(tmp_path / "scratch")))
+    warm = distill(tiny(out=str(tmp_path / "warm"), discriminator_init="warm"))
+    assert (scratch / "samples/2-0.safetensors").read_bytes() == (
+        warm / "samples/2-0.safetensors"
+    ).read_bytes()
+    assert (scratch / "samples/3-0.safetensors").read_bytes() != (
+        warm / "samples/3-0.safetensors"
+    ).read_bytes()
+
+
+def test_without_guidance_the_curricula_do_not_matter_but_for_rounding(tiny, tmp_path: Path) -> None:
+    one = distill(tiny(out=str(tmp_path / "one"), guidance_scale=0.0, num_curricula=1, batch_size=8))
+    many = distill(tiny(out=str(tmp_path / "many"), guidance_scale=0.0, batch_size=1))
+    assert not (many / "discriminators").exists()
+    for path in (one / "images").rglob("*.png"):
+        with Image.open(path) as a, Image.open(many / path.relative_to(one)) as b:
+            assert np.abs(np.array(a).astype(int) - np.array(b)).max() <= 1
+
+
+def test_the_discriminator_learns_from_everything_sampled_so_far(tiny) -> None:
+    out = distill(tiny(num_curricula=4, discriminator_steps=60, guidance_scale=0.0))
+    assert not (out / "discriminators").exists()
+    out = distill(tiny(num_curricula=4, discriminator_steps=60, guidance_scale=0.01), overwrite=True)
+    assert sorted(path.name for path in (out / "discriminators").iterdir()) == [
+        f"{i}.safetensors" for i in (2, 3, 4)
+    ]
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    late = [row["discriminator_correct"] for row in rows if row["curriculum"] == 4]
+    assert sum(late) >= len(late) / 2
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tiny, tmp_path: Path) -> None:
+    out = distill(tiny())
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="seed 0 there, 5 here"):
+        distill(tiny(seed=5))
+    distill(tiny(seed=5, ipc=3), overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert json.loads((out / "config.json").read_text())["config"]["seed"] == 5
+    assert sorted(path.name for path in (out / "images" / "3").iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_a_foreign_folder_is_refused(tiny, tmp_path: Path) -> None:
+    (tmp_path / "run" / "images").mkdir(parents=True)
+    (tmp_path / "run" / "images" / "holiday.png").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="something else"):
+            distill(tiny(), overwrite=overwrite)
+    assert (tmp_path / "run" / "images" / "holiday.png").read_text() == "x"
+
+
+def test_not_a_number_stops_with_the_image_named_and_keeps_what_is_written(tiny, monkeypatch) -> None:
+    from acs_fast import guidance
+
+    monkeypatch.setattr(guidance.Guidance, "radius", lambda self, eps, c: eps[:, :1, :1, :1] * float("nan"))
+    config = tiny()
+    with pytest.raises(InputError, match="class 3 index 1 of curriculum 2 is not finite"):
+        distill(config)
+    assert len((Path(config.out) / "manifest.jsonl").read_text().splitlines()) == 2
+    monkeypatch.undo()
+    distill(dataclasses.replace(config))
