@@ -119,19 +119,7 @@ class Run:
             curriculum: [item for item in enumerate(batches) if not self._done(curriculum, *item)]
             for curriculum, batches in enumerate(self.batches, start=1)
         }
-        c, calls = self.config, sum(map(len, self.batches)) * self.config.num_sampling_steps
-        push = (
-            f"{c.objective}, {c.guidance_scale:g} x {c.trust_radius}, jacobian {c.jacobian}, "
-            f"t/T {c.guidance_window[0]:g} to {c.guidance_window[1]:g}"
-        )
-        print(
-            f"plan: {self.total} images ({len(self.classes)} classes x {c.ipc}) in "
-            f"{c.num_curricula} curricula, {c.sampler} with {c.num_sampling_steps} steps, CFG {c.cfg_scale:g}\n"
-            f"      guidance: {push if self.guided else 'none'}\n"
-            f"      {calls} denoiser calls of {2 * len(self.batches[-1][0])} rows or less on {self.device}, about "
-            f"{self._estimate_seconds():.0f} s",
-            flush=True,
-        )
+        print(self._plan(), flush=True)
 
     def sample_curriculum(self, curriculum: int) -> None:
         """Bring curriculum 1..N to its end: train its discriminator if guided, sample what is missing."""
@@ -224,6 +212,20 @@ class Run:
                 samples.append(stored["samples"])
                 positions += [item.position for item in batch]
         return torch.cat(samples).to(self.device), torch.tensor(positions, device=self.device)
+
+    def _plan(self) -> str:
+        c, calls = self.config, sum(map(len, self.batches)) * self.config.num_sampling_steps
+        guidance = "none"
+        if self.guided:
+            guidance = (
+                f"{c.objective}, {c.guidance_scale:g} x {c.trust_radius}, jacobian {c.jacobian}, "
+                f"t/T {c.guidance_window[0]:g} to {c.guidance_window[1]:g}"
+            )
+        return (
+            f"plan: {self.total} images ({len(self.classes)} classes x {c.ipc}) in {c.num_curricula} curricula\n"
+            f"      {c.sampler} with {c.num_sampling_steps} steps, CFG {c.cfg_scale:g}; guidance: {guidance}\n"
+            f"      {calls} denoiser calls on {self.device}, about {self._estimate_seconds():.0f} s"
+        )
 
     def _estimate_seconds(self) -> float:
         """Seconds for what is missing: one denoiser call and one classifier step are timed and multiplied."""
