@@ -221,11 +221,10 @@ class Run:
                 f"{c.objective}, {c.guidance_scale:g} x {c.trust_radius}, jacobian {c.jacobian}, "
                 f"t/T {c.guidance_window[0]:g} to {c.guidance_window[1]:g}"
             )
-        return (
-            f"plan: {self.total} images ({len(self.classes)} classes x {c.ipc}) in {c.num_curricula} curricula\n"
-            f"      {c.sampler} with {c.num_sampling_steps} steps, CFG {c.cfg_scale:g}; guidance: {guidance}\n"
-            f"      {calls} denoiser calls on {self.device}, about {self._estimate_seconds():.0f} s"
-        )
+        images = f"{self.total} images ({len(self.classes)} classes x {c.ipc}) in {c.num_curricula} curricula"
+        steps = f"{c.sampler} with {c.num_sampling_steps} steps, CFG {c.cfg_scale:g}, guidance: {guidance}"
+        work = f"{calls} denoiser calls on {self.device}, about {self._estimate_seconds():.0f} s"
+        return f"plan: {images}\n      {steps}\n      {work}"
 
     def _estimate_seconds(self) -> float:
         """Seconds for what is missing: one denoiser call and one classifier step are timed and multiplied."""
