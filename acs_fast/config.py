@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -110,6 +111,12 @@ class DistillConfig:
         )
         _require(0 <= self.eta <= 1, f"--eta is {self.eta}, it must be 0 to 1")
         _require(0 <= self.seed < 2**63, f"--seed is {self.seed}, it must be 0 to 2^63 - 1")
+        for name, value in vars(self).items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _require(finite, f"--{name.replace('_', '-')} is {value}, it must be finite")
+        _require(
+            self.discriminator_lr > 0, f"--discriminator-lr is {self.discriminator_lr}, it must be positive"
+        )
         for name in ("discriminator_steps", "real_steps", "discriminator_batch_size"):
             _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
 

@@ -66,7 +66,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def read_class_list(path: Path) -> tuple[str, ...]:
     """The class folder names of a text file, one a line, in label order."""
     try:
-        names = tuple(line.split()[0] for line in path.read_text().splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"class list {path} cannot be read ({error}); give a text file, one class a line"
@@ -102,12 +102,16 @@ def load_images(
     Raises InputError naming a missing folder, an empty class or an unreadable image.
     """
     if source == DIGITS:
+        if size not in (None, 8) or channels not in (None, 1):
+            raise InputError(
+                "the digits are grey and 8x8, which does not fit here; name other images: --real FOLDER"
+            )
         return _load_digits(split, classes)
     root = Path(source)
     root = root / split if (root / split).is_dir() else root
     if not root.is_dir():
         raise InputError(f"there is no image folder {root}; give a folder of class folders")
-    names = classes or tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    names = classes or tuple(_class_folders(root))
     if not names:
         raise InputError(f"image folder {root} has no class folders; expected {root}/<class>/<image>")
     images, labels = [], []
@@ -128,9 +132,11 @@ def read_image(path: Path, size: int | None = None, channels: int | None = None)
     """One image as uint8 [C, H, W], square when `size` is given; InputError names an unreadable file."""
     try:
         with Image.open(path) as file:
+            if file.mode[0] in "IF":
+                raise ValueError(f"its mode is {file.mode}, not 8 bits a channel")
             grey = channels == 1 or (channels is None and file.mode in ("1", "L"))
             image = ImageOps.exif_transpose(file).convert("L" if grey else "RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} cannot be read ({error}); remove or replace it") from error
     size = size or min(image.size)
     if image.size != (size, size):
@@ -155,6 +161,10 @@ def _load_digits(split: str, classes: tuple[str, ...] | None) -> ImageSet:
     return ImageSet(torch.cat([part.images for part in kept]), new_labels, classes, mirror=False)
 
 
+def _class_folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _known(root: Path) -> str:
-    names = sorted(p.name for p in root.iterdir() if p.is_dir())
+    names = _class_folders(root)
     return " ".join(names[:10]) + (" ..." if len(names) > 10 else "")

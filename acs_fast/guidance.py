@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from acs_fast.diffusion import NUM_TRAIN_TIMESTEPS, StepCoefficients
 
 
+def margin(logits: Tensor, class_labels: Tensor) -> Tensor:
+    """m = log sum_{k != y} exp(logit_k) - logit_y, so p_y = sigmoid(-m) and 1 - p_y keeps its digits: [B]."""
+    others = logits.scatter(1, class_labels[:, None], -math.inf)
+    return torch.logsumexp(others, dim=1) - logits.gather(1, class_labels[:, None])[:, 0]
+
+
 def adversarial(logits: Tensor, class_labels: Tensor) -> Tensor:
-    """L = CE(f_i(z), y) [ours, from the paper's abstract]: fp32 [B] from logits [B, K]."""
-    return F.cross_entropy(logits, class_labels, reduction="none")
+    """L = CE(f_i(z), y) = softplus(m) [ours, from the paper's abstract]: [B] from logits [B, K]."""
+    return F.softplus(margin(logits, class_labels))
 
 
 def nonsaturating(logits: Tensor, class_labels: Tensor) -> Tensor:
-    """L = log(1 - p_i(y | z)) [CUDD]: log-sum-exp of the other logits minus that of all; fp32 [B]."""
-    others = logits.scatter(1, class_labels[:, None], -math.inf)
-    return torch.logsumexp(others, dim=1) - torch.logsumexp(logits, dim=1)
+    """L = log(1 - p_i(y | z)) = -softplus(-m) [CUDD]: [B] from logits [B, K].
+
+    It rises with m as `adversarial` does, so the normalised step (4) has the same direction as there.
+    """
+    return -F.softplus(-margin(logits, class_labels))
 
 
 def learnability(logits: Tensor, real_logits: Tensor, class_labels: Tensor, omega: float) -> Tensor:
@@ -63,8 +71,9 @@ class Guidance:
             if self.jacobian == "identity":
                 x = pred_xstart = pred_xstart.detach().requires_grad_()
             (g,) = torch.autograd.grad(self.value(pred_xstart, class_labels).sum(), x)
-        norm = torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True)
-        return torch.where(norm > 0, g / norm.clamp_min(torch.finfo(g.dtype).tiny), 0.0)
+        tiny = torch.finfo(g.dtype).tiny
+        g = g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)  # the squares must not underflow
+        return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
 
     def radius(self, eps: Tensor, c: StepCoefficients) -> Tensor:
         """s_t = scale r_t per sample (4): [B, 1, 1, 1].

@@ -37,10 +37,10 @@ def denoise(
     def noise(step: int) -> Tensor:
         return philox_normal(class_labels, indices, seed=config.seed, step=step, shape=shape)
 
-    x = noise(len(coefficients))
+    x = noise(diffusion.NUM_TRAIN_TIMESTEPS)
     for step, c in reversed(list(enumerate(coefficients))):
         guided = guidance is not None and guidance.active(c)
-        through_denoiser = guided and config.jacobian == "full"
+        through_denoiser = guidance is not None and guided and guidance.jacobian == "full"
         with torch.set_grad_enabled(through_denoiser):
             x = x.detach().requires_grad_(through_denoiser)
             timesteps = torch.full_like(labels, c.timestep)
@@ -50,7 +50,8 @@ def denoise(
             )
             pred_xstart = diffusion.predict_xstart(x, eps, c)  # (2)
             if config.clip_denoised:
-                pred_xstart = pred_xstart.clamp(-1.0, 1.0)
+                # the gradient passes straight through the clamp: taken at the clamped x0, as with `identity`
+                pred_xstart = pred_xstart + (pred_xstart.clamp(-1.0, 1.0) - pred_xstart).detach()
         push = None
         if guidance is not None and guided:
             push = guidance.direction(x, pred_xstart, targets)  # (3)

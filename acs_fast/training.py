@@ -18,6 +18,7 @@ from tqdm import tqdm
 from acs_fast.config import InputError, TrainConfig
 from acs_fast.data import ImageSet, load_images, to_model_range
 from acs_fast.diffusion import NUM_TRAIN_TIMESTEPS, linear_alphas_cumprod
+from acs_fast.environment import resolve_device
 from acs_fast.models.dit import DiT, DiTConfig, save_checkpoint
 
 WARMUP_STEPS = 200
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> Path:
     """
     if config.iterations < 1:
         raise InputError(f"--iterations is {config.iterations}, it must be at least 1")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device)
     real = load_images(config.real, "train")
     model = _new_model(config, real).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -38,7 +38,7 @@ FREE = ("out", "preset")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all, on disk on return; makes the folder. OSError names the path."""
+    """Write the file whole or not at all, and make its folder; OSError names the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -97,9 +97,6 @@ def test_crop_is_slice_resize_and_flip_of_each_image(channels, size, mirror):
         torch.testing.assert_close(result[:, mask], crop_one(image, *box)[:, mask], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="augment.py: the outermost pixels mix in what lies outside of the box (report)"
-)
 def test_crop_edges_take_nothing_from_outside_the_box():
     x = images(20, 3, 17)
     boxes = crop_boxes(20, 17, False, seeded(1))

@@ -192,9 +192,6 @@ def test_unknown_network_is_refused(name):
         build_classifier(name, 3, 10, 64)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="classifier.py: isdigit() accepts superscripts, which int() does not read"
-)
 def test_superscript_depth_is_refused():
     with pytest.raises(InputError):
         build_classifier("convnet-\N{SUPERSCRIPT TWO}", 3, 10, 64)

@@ -239,9 +239,6 @@ def test_other_modes_are_read_as_rgb(tmp_path):
     assert read_image(tmp_path / "palette.png").shape == (3, 6, 6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="data.py: 16-bit grey saturates to white instead of being scaled or refused"
-)
 def test_sixteen_bit_grey_is_not_saturated(tmp_path):
     ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
     write(tmp_path / "deep.png", ramp)
@@ -252,9 +249,6 @@ def test_sixteen_bit_grey_is_not_saturated(tmp_path):
     assert np.abs(got.astype(int) - (ramp // 256).astype(int)).max() <= 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="data.py: Pillow's DecompressionBombError is no OSError and passes unnamed"
-)
 def test_oversized_image_is_named(tmp_path, monkeypatch):
     write(tmp_path / "large.png", pixels(20, 20))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

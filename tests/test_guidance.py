@@ -200,9 +200,6 @@ def test_window_ends_are_exact():
         assert make(window=(0.0, 1.0)).active(c)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="guidance.py: fp32 CE loses 1 - p where f_i is sure; use the margin (report)"
-)
 @pytest.mark.parametrize("margin", [14, 18, 30], ids=lambda m: f"margin-{m}")
 @pytest.mark.parametrize("objective", ["adversarial", "nonsaturating"])
 def test_direction_is_right_where_the_discriminator_is_sure(objective, margin):
@@ -216,9 +213,6 @@ def test_direction_is_right_where_the_discriminator_is_sure(objective, margin):
     assert cosine.min() > 0.9999
 
 
-@pytest.mark.xfail(
-    strict=True, reason="guidance.py: a NaN gradient passes as no gradient (norm > 0 is false)"
-)
 def test_a_broken_discriminator_is_not_silently_ignored():
     broken = network(1)
     broken[1].weight[0, 0] = math.nan

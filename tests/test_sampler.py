@@ -90,7 +90,7 @@ def naive_walk(model, config, guidance, label, index, target):
     def denoiser(x, t, y):
         return model(x[None], torch.tensor([t]), torch.tensor([y]))[0]
 
-    x, trajectory = noise(steps), []
+    x, trajectory = noise(1000), []
     for i in reversed(range(steps)):
         t, a = times[i], alphas[times[i]]
         a_prev = alphas[times[i - 1]] if i > 0 else torch.tensor(1.0, dtype=torch.float64)
@@ -106,7 +106,7 @@ def naive_walk(model, config, guidance, label, index, target):
         eps = torch.stack(eps)
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
         if config.clip_denoised:
-            x0 = x0.clamp(-1, 1)
+            x0 = x0 + (x0.clamp(-1, 1) - x0).detach()  # the gradient passes straight through
         beta = 1 - a / a_prev
         posterior = beta * (1 - a_prev) / (1 - a)
         push = 0.0

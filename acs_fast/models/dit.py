@@ -34,6 +34,28 @@ class DiTConfig:
     learn_sigma: bool = True
     classes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "num_classes",
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}, it must be a positive integer")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide input_size {self.input_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of 4 and num_heads {self.num_heads}"
+            )
+        if len(self.classes) not in (0, self.num_classes):
+            raise ValueError(f"{len(self.classes)} class names for num_classes {self.num_classes}")
+
 
 SIZES = {  # the official sizes: depth, hidden size, heads
     "DiT-XL": (28, 1152, 16),
@@ -271,7 +293,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
         raise InputError(f"checkpoint {path} is damaged ({error}); copy or train it again") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"checkpoint {path} carries no DiT configuration in its metadata; make it with acs-fast train"
+            f"checkpoint {path} carries no usable DiT configuration in its metadata ({error}); make it with "
+            "acs-fast train"
         ) from error
 
 
@@ -283,10 +306,13 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
             f"checkpoint {path} cannot be read as plain weights ({type(error).__name__})"
         ) from error
     state = state.get("ema", state) if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
     try:
         return state, _infer_official_config(state)
-    except (KeyError, AttributeError) as error:
-        raise InputError(f"checkpoint {path} is not an official DiT: it lacks {error}") from error
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(
+            f"checkpoint {path} is not an official DiT ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _infer_official_config(state: dict[str, Tensor]) -> DiTConfig:
