@@ -82,10 +82,6 @@ class DistillConfig:
     discriminator_steps: int = option(200, "training steps of each discriminator")
     discriminator_lr: float = option(1e-3, "AdamW learning rate of the discriminators")
     discriminator_batch_size: int = option(64, "images per training step of the discriminators")
-    discriminator_augment: str = option(
-        "crop", "training transform of the classifiers", ("none", "crop", "cutmix")
-    )
-    discriminator_noise: float = option(0.0, "standard deviation of the noise added to its training images")
     real_steps: int = option(1000, "training steps of the real-image classifier (learnability)")
     batch_size: int = option(100, "images sampled together")
     seed: int = option(0, "seed of the run: noise is keyed by (seed, class, index, step)")
@@ -160,12 +156,11 @@ class TrainConfig:
     depth: int = option(5, "number of blocks")
     num_heads: int = option(4, "attention heads")
     patch_size: int = option(2, "patch edge in pixels")
-    iterations: int = option(4000, "training steps")
-    batch_size: int = option(128, "images per step")
+    iterations: int = option(13000, "training steps")
+    batch_size: int = option(64, "images per step")
     lr: float = option(1e-3, "peak AdamW learning rate, cosine to zero after a short warm-up")
     weight_decay: float = option(0.01, "AdamW weight decay")
     class_dropout_prob: float = option(0.1, "probability of the null label, for classifier-free guidance")
-    max_shift: int = option(0, "random translation of training images, in pixels")
     ema_decay: float = option(0.999, "decay of the exponential moving average that is saved")
     seed: int = option(0, "seed of weights, batches and noise")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
@@ -174,7 +169,7 @@ class TrainConfig:
 # name -> values other than the class's defaults; measured in benchmarks/results (see benchmarks/README.md)
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     DistillConfig: {"digits": {"clip_denoised": True}},
-    EvaluateConfig: {"digits": {"protocol": "hard-adamw", "epochs": 300}},
+    EvaluateConfig: {"digits": {"protocol": "hard-adamw", "epochs": 400}},
     TrainConfig: {"digits": {"out": "runs/digits-dit"}},
 }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acs_fast.augment import cutmix, random_resized_crop
+from acs_fast.augment import random_resized_crop
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.data import DIGITS
 from acs_fast.models.classifier import build_classifier
@@ -62,8 +62,6 @@ class Classifiers:
                 steps=steps,
                 lr=c.discriminator_lr,
                 batch_size=c.discriminator_batch_size,
-                augment=c.discriminator_augment,
-                noise=c.discriminator_noise,
                 mirror=c.real != DIGITS,
                 seed=self._seed(name),
             )
@@ -94,8 +92,6 @@ def train_classifier(
     steps: int,
     lr: float,
     batch_size: int,
-    augment: str,
-    noise: float,
     mirror: bool,
     seed: int,
 ) -> Iterator[float]:
@@ -115,17 +111,8 @@ def train_classifier(
         rows, order = order[:batch_size].to(images.device), order[batch_size:]
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        batch, target = images[rows], labels[rows]
-        if augment != "none":
-            batch = random_resized_crop(batch, mirror, generator)
-        if noise > 0:
-            batch = batch + noise * torch.randn(batch.shape, generator=generator).to(batch.device)
-        if augment == "cutmix":
-            batch, other, kept = cutmix(batch, target, generator)
-            logits = network(batch)
-            loss = kept * F.cross_entropy(logits, target) + (1.0 - kept) * F.cross_entropy(logits, other)
-        else:
-            loss = F.cross_entropy(network(batch), target)
+        batch = random_resized_crop(images[rows], mirror, generator)
+        loss = F.cross_entropy(network(batch), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

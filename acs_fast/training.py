@@ -73,23 +73,6 @@ class HybridLoss:
         return F.mse_loss(eps, noise) + kl.mean() / math.log(2.0) * NUM_TRAIN_TIMESTEPS / 1000.0
 
 
-def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Translate each image by up to `max_shift` pixels in both axes, filling with the darkest value -1."""
-    if max_shift == 0:
-        return images
-    b, _, h, w = images.shape
-    padded = F.pad(images, [max_shift] * 4, value=-1.0)
-    offset = torch.randint(0, 2 * max_shift + 1, (2, b), generator=generator).to(images.device)
-    rows = offset[0][:, None] + torch.arange(h, device=images.device)
-    columns = offset[1][:, None] + torch.arange(w, device=images.device)
-    batch = torch.arange(b, device=images.device)[:, None, None]
-    return (
-        padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
-        .permute(0, 3, 1, 2)
-        .contiguous()
-    )
-
-
 def train(config: TrainConfig) -> Path:
     """Train on the images of `config.real`; write `model.safetensors` (EMA weights, fp16) and `train.json`.
 
@@ -102,7 +85,10 @@ def train(config: TrainConfig) -> Path:
     model = _new_model(config, real).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     loss_fn = HybridLoss(device)
     images, labels = to_model_range(real.images), real.labels
@@ -113,9 +99,11 @@ def train(config: TrainConfig) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _learning_rate_factor(iteration, config.iterations)
         rows = torch.randint(0, len(real), (config.batch_size,), generator=generator)
-        batch = shift_images(images[rows], config.max_shift, generator).to(device)
+        batch = images[rows].to(device)
         noise = torch.randn(batch.shape, generator=generator).to(device)
-        timesteps = torch.randint(0, NUM_TRAIN_TIMESTEPS, (len(rows),), generator=generator).to(device)
+        # one timestep from each of B equal strata: unbiased, with less variance (VDM, Kingma 2021)
+        strata = torch.arange(len(rows)) + torch.rand(1, generator=generator)
+        timesteps = (strata * (NUM_TRAIN_TIMESTEPS / len(rows))).long().to(device)
         dropped = torch.rand(len(rows), generator=generator) < config.class_dropout_prob
         class_labels = torch.where(dropped, model.null_label, labels[rows]).to(device)
         loss = loss_fn(model, batch, noise, timesteps, class_labels)

@@ -1,8 +1,8 @@
-"""Accuracy on the digits over a grid of settings and seeds, one JSON line a cell, resumable.
+"""Does ACS teach more than plain sampling? Accuracy on 500 real test digits, a JSON line a cell, resumable.
 
-python -m benchmarks.digits run --grid '{"cfg_scale": [1.5, 3]}' --ipc 5 10 --seeds 100-104 --out F
-python -m benchmarks.digits run --real ...      random real images instead of a distilled set
-python -m benchmarks.digits table F             means and standard errors by setting
+python -m benchmarks.digits sweep       the sweep that chose the preset, on seeds 100 to 102
+python -m benchmarks.digits reported    the table of the README, on seeds 0 to 4 (about 15 minutes on 2 cores)
+python -m benchmarks.digits table FILE  means over the seeds of a file's rows, as Markdown
 """
 
 from __future__ import annotations
@@ -23,95 +23,115 @@ from typing import Any
 
 import torch
 
-from acs_fast.config import DistillConfig, resolve
+from acs_fast.config import DistillConfig, EvaluateConfig, resolve
 from acs_fast.curriculum import distill
-from acs_fast.data import DIGITS, ImageSet, load_images
+from acs_fast.data import DIGITS, load_images
 from acs_fast.environment import describe
 from acs_fast.evaluation import train_and_test
 
+RESULTS = Path(__file__).parent / "results"
+RANDOM = "random real"
+PLAIN = {"guidance_scale": [0.0], "num_curricula": [1]}
+# name -> grid of settings that differ from the preset; None draws real images
+SWEEP: dict[str, dict[str, list[Any]] | None] = {
+    RANDOM: None,
+    "plain": {**PLAIN, "cfg_scale": [1.0, 1.5, 2.0, 3.0, 4.0]},
+    "adversarial": {"cfg_scale": [2.0, 3.0], "guidance_scale": [0.1, 0.2]},
+    "learnability": {
+        "objective": ["learnability"],
+        "omega": [1.0],
+        "cfg_scale": [2.0, 3.0],
+        "guidance_scale": [0.3, 0.6],
+    },
+}
+REPORTED: dict[str, dict[str, list[Any]] | None] = {
+    RANDOM: None,
+    "plain": {**PLAIN, "cfg_scale": [1.0, 1.5, 2.0, 3.0, 4.0]},
+    "ACS": {},
+    "ACS, learnability": {"objective": ["learnability"], "omega": [1.0], "guidance_scale": [0.6]},
+}
 
-def evaluate_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """Distil (or draw real images) and evaluate once, with one seed for both, on one thread."""
+
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """Distil (or draw real images) and train one ConvNet-3, with one seed for both, on one thread."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    settings, seed, ipc = dict(cell["settings"]), cell["seed"], cell["ipc"]
-    if cell["real"]:
+    ipc, seed = cell["ipc"], cell["seed"]
+    if cell["method"] == RANDOM:
         train = load_images(DIGITS, "train").random(ipc, seed)
     else:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            config = resolve(DistillConfig, {**settings, "ipc": ipc, "seed": seed, "out": f"{folder}/run"})
-            out = distill(dataclasses.replace(config, out=f"{folder}/run"))
+            settings = {**cell["settings"], "ipc": ipc, "seed": seed, "out": f"{folder}/run"}
+            out = distill(resolve(DistillConfig, settings))
             train = dataclasses.replace(load_images(str(out / "images"), "train"), mirror=False)
     middle = time.perf_counter()
-    accuracy = judge(train, cell["protocol"], cell["epochs"], seed)
+    protocol = resolve(EvaluateConfig, {"preset": DIGITS})
+    assert protocol.epochs is not None
+    test, cpu = load_images(DIGITS, "val"), torch.device("cpu")
+    accuracy = train_and_test(train, test, "convnet-3", protocol.protocol, protocol.epochs, seed, cpu)
     return {
-        **cell, "best": accuracy[0], "last": accuracy[1], "seconds_distill": round(middle - started, 1),
-        "seconds_evaluate": round(time.perf_counter() - middle, 1), **describe(torch.device("cpu")),
-    }  # fmt: skip
+        **cell,
+        "protocol": protocol.protocol,
+        "epochs": protocol.epochs,
+        "best": accuracy.best,
+        "last": accuracy.last,
+        "seconds_distill": round(middle - started, 1),
+        "seconds_evaluate": round(time.perf_counter() - middle, 1),
+        **describe(cpu),
+    }
 
 
-def judge(train: ImageSet, protocol: str, epochs: int, seed: int) -> tuple[float, float]:
-    """Best and last accuracy of one ConvNet-3."""
-    test = load_images(DIGITS, "val")
-    accuracy = train_and_test(train, test, "convnet-3", protocol, epochs, seed, torch.device("cpu"))
-    return accuracy.best, accuracy.last
-
-
-def cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every combination of the grid, the seeds and the ipc values."""
-    grid = {} if args.real else json.loads(args.grid)
-    first, _, last = args.seeds.partition("-")
-    seeds = range(int(first), int(last or first) + 1)
-    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [
-        {
-            "settings": s,
-            "real": args.real,
-            "ipc": ipc,
-            "seed": seed,
-            "protocol": args.protocol,
-            "epochs": args.epochs,
-        }
-        for ipc, s, seed in itertools.product(args.ipc, combinations, seeds)
-    ]
+def cells(methods: dict[str, dict[str, list[Any]] | None], seeds: range) -> list[dict[str, Any]]:
+    """Every combination of ipc, method, setting and seed."""
+    found = []
+    for ipc, (method, grid) in itertools.product((5, 10), methods.items()):
+        grid = grid or {}
+        for values, seed in itertools.product(itertools.product(*grid.values()), seeds):
+            settings = dict(zip(grid, values, strict=True))
+            found.append({"method": method, "settings": settings, "ipc": ipc, "seed": seed})
+    return found
 
 
 def identity(row: dict[str, Any]) -> str:
     """What makes two rows the same cell."""
-    return json.dumps(
-        [row[k] for k in ("settings", "real", "ipc", "seed", "protocol", "epochs")], sort_keys=True
-    )
+    return json.dumps([row[key] for key in ("method", "settings", "ipc", "seed")], sort_keys=True)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate the cells that the output file lacks, on two single-threaded processes."""
-    path = Path(args.out)
-    known = (
-        {identity(json.loads(line)) for line in path.read_text().splitlines()} if path.is_file() else set()
-    )
-    missing = [cell for cell in cells(args) if identity(cell) not in known]
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, open(path, "a") as file:
-        for row in pool.imap_unordered(evaluate_cell, missing):
+def run(path: Path, wanted: list[dict[str, Any]]) -> None:
+    """Measure the cells that the file lacks, on two single-threaded processes, and append their rows."""
+    known = {identity(row) for row in read(path)} if path.is_file() else set()
+    missing = [cell for cell in wanted if identity(cell) not in known]
+    with multiprocessing.get_context("spawn").Pool(2) as pool, open(path, "a") as file:
+        for row in pool.imap_unordered(measure, missing):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            print(row["settings"], row["ipc"], row["seed"], row["best"], row["last"], flush=True)
+            print(row["method"], row["settings"], row["ipc"], row["seed"], row["last"], flush=True)
+    print(table(path))
 
 
-def table(args: argparse.Namespace) -> None:
-    """Print mean and standard error of `best` and `last` for every setting and ipc."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in Path(args.file).read_text().splitlines():
-        row = json.loads(line)
-        name = "random real" if row["real"] else json.dumps(row["settings"])
-        groups.setdefault(f"{row['ipc']:3d} {row['protocol']} {row['epochs']} {name}", []).append(row)
-    for name in sorted(groups):
-        rows = groups[name]
-        text = ""
-        for key in ("best", "last"):
-            values = [row[key] for row in rows]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-            text += f"{key} {statistics.mean(values):5.2f} +- {error:4.2f}  "
-        print(f"{text} n {len(rows)}  ipc {name}")
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(path: Path) -> str:
+    """Mean and standard error over the seeds of last and best accuracy, by ipc, method and setting."""
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for row in read(path):
+        shown = {k: v for k, v in row["settings"].items() if k not in ("num_curricula", "objective")}
+        text = ", ".join(f"{name} {value:g}" for name, value in shown.items() if row["method"] != RANDOM)
+        groups.setdefault((row["ipc"], row["method"], text), []).append(row)
+    lines = ["| ipc | method | settings | last | best | seeds |", "|---|---|---|---|---|---|"]
+    for (ipc, method, text), rows in groups.items():
+        cells = [f"{mean_error([row[key] for row in rows])}" for key in ("last", "best")]
+        lines.append(f"| {ipc} | {method} | {text} | {cells[0]} | {cells[1]} | {len(rows)} |")
+    return "\n".join([*lines[:2], *sorted(lines[2:], key=lambda line: int(line.split("|")[1]))])
+
+
+def mean_error(values: list[float]) -> str:
+    """Mean and standard error of the mean."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):.1f} ± {error:.1f}"
 
 
 def main() -> None:
@@ -119,22 +139,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("--grid", default="{}")
-    runner.add_argument("--real", action="store_true")
-    runner.add_argument("--ipc", type=int, nargs="+", default=[5, 10])
-    runner.add_argument("--seeds", default="100-104")
-    runner.add_argument("--protocol", default="hard-adamw")
-    runner.add_argument("--epochs", type=int, default=300)
-    runner.add_argument("--processes", type=int, default=2)
-    runner.add_argument("--out", required=True)
-    runner.set_defaults(call=run)
-    reader = commands.add_parser("table")
-    reader.add_argument("file")
-    reader.set_defaults(call=table)
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser("sweep")
+    commands.add_parser("reported")
+    commands.add_parser("table").add_argument("file", type=Path)
     args = parser.parse_args()
-    args.call(args)
+    if args.command == "sweep":
+        run(RESULTS / "digits_sweep.jsonl", cells(SWEEP, range(100, 103)))
+    elif args.command == "reported":
+        run(RESULTS / "digits.jsonl", cells(REPORTED, range(5)))
+    else:
+        print(table(args.file))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_a_classifier_of_real_digits_learns_and_best_is_not_below_last() -> None
     accuracy = train_and_test(
         train, load_images("digits", "val"), "convnet-3", "hard-adamw", 40, 0, torch.device("cpu")
     )
-    assert 85 < accuracy.last <= accuracy.best
+    assert 65 < accuracy.last <= accuracy.best
     wrong = train.take(torch.arange(len(train)))
     wrong.labels.copy_((wrong.labels + 1) % 10)
     accuracy = train_and_test(

@@ -13,7 +13,7 @@ from acs_fast.cli import main
 from acs_fast.data import ASSETS
 from acs_fast.diffusion import linear_alphas_cumprod
 from acs_fast.models.dit import load_checkpoint
-from acs_fast.training import HybridLoss, shift_images
+from acs_fast.training import HybridLoss
 
 SMALL = ["--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--batch-size", "16"]
 
@@ -82,16 +82,6 @@ def test_the_hybrid_loss_is_the_mse_plus_the_kl_of_the_posteriors() -> None:
         total.append(kl_divergence(true, model).mean())
     expected = (output[:, :1] - noise).double().square().mean() + torch.stack(total).mean() / math.log(2)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_shifts_move_images_by_whole_pixels() -> None:
-    images = torch.arange(2 * 36, dtype=torch.float32).view(2, 1, 6, 6)
-    shifted = shift_images(images, 1, torch.Generator().manual_seed(3))
-    padded = torch.nn.functional.pad(images, [1] * 4, value=-1.0)
-    for image, source in zip(shifted, padded, strict=True):
-        windows = [source[:, y : y + 6, x : x + 6] for y in range(3) for x in range(3)]
-        assert any(torch.equal(image, window) for window in windows)
-    assert torch.equal(shift_images(images, 0, torch.Generator()), images)
 
 
 def test_the_bundled_model_comes_with_its_recipe_and_is_small() -> None:
