@@ -33,36 +33,33 @@ RESULTS = Path(__file__).parent / "results"
 RANDOM = "random real"
 PLAIN = {"guidance_scale": [0.0], "num_curricula": [1]}
 # name -> grid of settings that differ from the preset; None draws real images
+LEARNABILITY = {"objective": ["learnability"], "cfg_scale": [2.0]}
 SWEEP: dict[str, dict[str, list[Any]] | None] = {
     RANDOM: None,
-    "plain": {**PLAIN, "cfg_scale": [1.0, 1.5, 2.0, 3.0, 4.0]},
-    "adversarial": {"cfg_scale": [2.0, 3.0], "guidance_scale": [0.1, 0.2]},
-    "learnability": {
-        "objective": ["learnability"],
-        "omega": [1.0],
-        "cfg_scale": [2.0, 3.0],
-        "guidance_scale": [0.3, 0.6],
-    },
+    "plain": {**PLAIN, "cfg_scale": [2.0, 3.0, 4.0]},
+    "ACS": {"cfg_scale": [2.0, 3.0], "guidance_scale": [0.15, 0.2, 0.3]},
+    "ACS, learnability": {**LEARNABILITY, "guidance_scale": [0.2, 0.3]},
 }
 REPORTED: dict[str, dict[str, list[Any]] | None] = {
     RANDOM: None,
     "plain": {**PLAIN, "cfg_scale": [1.0, 1.5, 2.0, 3.0, 4.0]},
     "ACS": {},
-    "ACS, learnability": {"objective": ["learnability"], "omega": [1.0], "guidance_scale": [0.6]},
+    "ACS, learnability": {**LEARNABILITY, "guidance_scale": [0.3]},
 }
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Distil (or draw real images) and train one ConvNet-3, with one seed for both, on one thread."""
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started, record = time.perf_counter(), {}
     ipc, seed = cell["ipc"], cell["seed"]
     if cell["method"] == RANDOM:
         train = load_images(DIGITS, "train").random(ipc, seed)
     else:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            settings = {**cell["settings"], "ipc": ipc, "seed": seed, "out": f"{folder}/run"}
+            settings = {**cell["settings"], "ipc": ipc, "seed": seed, "device": "cpu", "out": f"{folder}/run"}
             out = distill(resolve(DistillConfig, settings))
+            record = json.loads((out / "config.json").read_text())
             train = dataclasses.replace(load_images(str(out / "images"), "train"), mirror=False)
     middle = time.perf_counter()
     protocol = resolve(EvaluateConfig, {"preset": DIGITS})
@@ -73,6 +70,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         **cell,
         "protocol": protocol.protocol,
         "epochs": protocol.epochs,
+        "config": {k: v for k, v in record.get("config", {}).items() if k != "out"},
+        "model_sha256": record.get("model_sha256"),
         "best": accuracy.best,
         "last": accuracy.last,
         "seconds_distill": round(middle - started, 1),
@@ -99,6 +98,7 @@ def identity(row: dict[str, Any]) -> str:
 
 def run(path: Path, wanted: list[dict[str, Any]]) -> None:
     """Measure the cells that the file lacks, on two single-threaded processes, and append their rows."""
+    path.parent.mkdir(exist_ok=True)
     known = {identity(row) for row in read(path)} if path.is_file() else set()
     missing = [cell for cell in wanted if identity(cell) not in known]
     with multiprocessing.get_context("spawn").Pool(2) as pool, open(path, "a") as file:
