@@ -55,14 +55,14 @@ class DistillConfig:
     objective: str = option(
         "adversarial", "what the guidance ascends", ("adversarial", "nonsaturating", "learnability")
     )
-    omega: float = option(0.5, "weight of the real-image classifier in the learnability objective")
+    omega: float = option(1.0, "weight of the real-image classifier in the learnability objective")
     guidance_scale: float = option(
-        0.3, "length of the guidance step in trust radii; 0 samples without guidance"
+        0.2, "length of the guidance step in trust radii; 0 samples without guidance"
     )
     trust_radius: str = option("sigma", "unit of the guidance step", ("sigma", "eps"))
     guidance_window: tuple[float, float] = option((0.1, 0.7), "guide while t/T lies in this closed interval")
     jacobian: str = option("identity", "how d x0 / d x_t is taken", ("identity", "full"))
-    cfg_scale: float = option(4.0, "classifier-free guidance scale; 1 is the conditional model")
+    cfg_scale: float = option(3.0, "classifier-free guidance scale; 1 is the conditional model")
     cfg_channels: int | None = option(
         None, "guide the first so many channels (3 for the official DiT); default all"
     )
@@ -79,10 +79,10 @@ class DistillConfig:
     discriminator_init: str = option(
         "scratch", "start each discriminator anew or from the last one", ("scratch", "warm")
     )
-    discriminator_steps: int = option(200, "training steps of each discriminator")
-    discriminator_lr: float = option(1e-3, "AdamW learning rate of the discriminators")
+    discriminator_steps: int = option(100, "training steps of each discriminator")
+    discriminator_lr: float = option(3e-3, "AdamW learning rate of the discriminators")
     discriminator_batch_size: int = option(64, "images per training step of the discriminators")
-    real_steps: int = option(1000, "training steps of the real-image classifier (learnability)")
+    real_steps: int = option(2000, "training steps of the real-image classifier (learnability)")
     batch_size: int = option(100, "images sampled together")
     seed: int = option(0, "seed of the run: noise is keyed by (seed, class, index, step)")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
