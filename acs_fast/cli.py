@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from acs_fast import __version__
-from acs_fast.config import DistillConfig, EvaluateConfig, InputError, TrainConfig, resolve
+from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError, TrainConfig, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command: 0 on success, 2 with one sentence on stderr for unusable input, 130 when interrupted."""
     args = make_parser().parse_args(argv)
+    again = "run the same command again to continue" if args.call is run_distill else ""
     try:
         args.call(args)
     except InputError as error:
@@ -26,14 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"acs-fast: cannot read or write{where}: {error.strerror or error}; what is written is whole, "
-            "mend this and run the same command again to continue",
-            file=sys.stderr,
-        )
+        hint = again and f"; what is written is whole, mend this and {again}"
+        print(f"acs-fast: cannot read or write{where}: {error.strerror or error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("acs-fast: interrupted; run the same command again to continue", file=sys.stderr)
+        print(f"acs-fast: interrupted{again and '; ' + again}", file=sys.stderr)
         return 130
     return 0
 
@@ -41,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; needs no torch."""
     parser = argparse.ArgumentParser(
-        prog="acs-fast", description="Dataset distillation with diffusion models."
+        prog="acs-fast", description="Dataset distillation with diffusion models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"acs-fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -75,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("env", help="versions, devices, and which optional part is missing and why")
     command.set_defaults(call=run_env)
+    for command in commands.choices.values():
+        command.allow_abbrev = False
     return parser
 
 
@@ -82,6 +82,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
     """A flag for every field of a configuration, and --config; flags not given stay out of the namespace."""
     parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings; flags overrule it")
     hints = typing.get_type_hints(cls)
+    effective: Any = resolve(cls, {})
     for field in dataclasses.fields(cls):
         if not field.metadata["cli"]:
             continue
@@ -95,9 +96,13 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
             extra = {"type": _names} if names else {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         if field.metadata["choices"]:
             extra["choices"] = field.metadata["choices"]
-        default = "" if field.default is None else f" (default {field.default})"
+        default = getattr(effective, field.name)
+        notes = [] if default in (None, ()) else [f"default {_shown(default)}"]
+        notes += [
+            f"{_shown(v[field.name])} with preset {p}" for p, v in PRESETS[cls].items() if field.name in v
+        ]
         flag = f"--{field.name.replace('_', '-')}"
-        text = field.metadata["help"] + default
+        text = field.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")
         parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **extra)
 
 
@@ -109,36 +114,28 @@ def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
 def run_distill(args: argparse.Namespace) -> None:
     """`acs-fast distill`."""
     config = resolve(DistillConfig, given(args, DistillConfig), args.config)
+    if args.baselines and not args.evaluate:
+        raise InputError("--baselines are evaluated, so they need --evaluate; add it or leave them out")
+    settings = {
+        "path": config.out,
+        "baselines": args.baselines,
+        "seed": config.seed,
+        "device": config.device,
+    }
+    evaluation = resolve(EvaluateConfig, settings)  # refused, if it must be, before the run
     from acs_fast.curriculum import distill  # deferred: --help starts without torch
 
     out = distill(config, overwrite=args.overwrite)
     for name in ("images", "manifest.jsonl", "contact_sheet.png"):
         print(f"  {out / name}")
     if args.evaluate:
-        settings = {
-            "path": str(out),
-            "baselines": args.baselines,
-            "seed": config.seed,
-            "device": config.device,
-        }
-        report_evaluation(
-            resolve(EvaluateConfig, {"preset": evaluation_preset(out), **settings}), as_json=False
-        )
+        report_evaluation(evaluation, as_json=False)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """`acs-fast evaluate`."""
-    settings = {"preset": evaluation_preset(Path(args.path)), **given(args, EvaluateConfig)}
-    report_evaluation(resolve(EvaluateConfig, {**settings, "path": args.path}, args.config), args.json)
-
-
-def evaluation_preset(path: Path) -> str | None:
-    """The evaluation preset of a run: the bundled digits have one of their own."""
-    try:
-        record = json.loads((path / "config.json").read_text())
-        return "digits" if record["config"]["real"] == "digits" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    settings = {**given(args, EvaluateConfig), "path": args.path}
+    report_evaluation(resolve(EvaluateConfig, settings, args.config), args.json)
 
 
 def report_evaluation(config: EvaluateConfig, as_json: bool) -> None:
@@ -166,6 +163,11 @@ def run_env(args: argparse.Namespace) -> None:
     from acs_fast.environment import report  # deferred: see run_distill
 
     print(report())
+
+
+def _shown(value: Any) -> str:
+    """A default as it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -35,6 +35,22 @@ def _require(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _check(config: Configuration, at_least_one: tuple[str, ...]) -> None:
+    """What holds of every configuration: presets, choices, finite numbers, counts of at least 1, a seed."""
+    presets = PRESETS[type(config)]
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        wrong = f"--{f.name.replace('_', '-')} is {value!r}, it must be"
+        _require(not choices or value in (*choices, f.default), f"{wrong} one of {', '.join(choices)}")
+        _require(not isinstance(value, float) or math.isfinite(value), f"{wrong} finite")
+        if f.name in at_least_one and value is not None:
+            _require(value >= 1, f"{wrong} at least 1")
+        if f.name == "seed":
+            _require(0 <= value < 2**63, f"{wrong} 0 to 2^63 - 1")
+        if f.name == "preset" and value is not None:
+            _require(value in presets, f"there is no preset {value!r}; use {', '.join(presets)}")
+
+
 @dataclass(frozen=True)
 class DistillConfig:
     """What `distill` does: model, method (METHOD.md equations 1 to 4) and output. Every field is a flag."""
@@ -74,7 +90,9 @@ class DistillConfig:
         "DDPM variance; auto: learned_range if the model has it",
         ("auto", "learned_range", "fixed_small"),
     )
-    clip_denoised: bool = option(False, "clamp the predicted x0 to [-1, 1] (pixel models)")
+    clip_denoised: bool | None = option(
+        None, "clamp the predicted x0 to [-1, 1]; default: for pixel models, not for latent ones"
+    )
     discriminator: str = option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
     discriminator_init: str = option(
         "scratch", "start each discriminator anew or from the last one", ("scratch", "warm")
@@ -91,40 +109,44 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
+        counts = (
+            "num_curricula",
+            "discriminator_steps",
+            "discriminator_batch_size",
+            "real_steps",
+            "batch_size",
+        )
+        _check(self, counts)
         low, high = self.guidance_window
         curricula, steps = self.num_curricula, self.num_sampling_steps
-        _require(curricula >= 1, f"--num-curricula is {curricula}, it must be at least 1")
         _require(
             self.ipc >= curricula,
             f"--ipc {self.ipc} is smaller than --num-curricula {curricula}; "
             "every curriculum needs an image of each class",
         )
-        _require(self.batch_size >= 1, f"--batch-size is {self.batch_size}, it must be at least 1")
         _require(2 <= steps <= 1000, f"--num-sampling-steps is {steps}, it must be 2 to 1000")
         _require(0 <= low <= high <= 1, f"--guidance-window {low} {high} is no interval inside 0 to 1")
         _require(
             self.guidance_scale >= 0, f"--guidance-scale is {self.guidance_scale}, it must not be negative"
         )
         _require(0 <= self.eta <= 1, f"--eta is {self.eta}, it must be 0 to 1")
-        _require(0 <= self.seed < 2**63, f"--seed is {self.seed}, it must be 0 to 2^63 - 1")
-        for name, value in vars(self).items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            _require(finite, f"--{name.replace('_', '-')} is {value}, it must be finite")
         _require(
             self.discriminator_lr > 0, f"--discriminator-lr is {self.discriminator_lr}, it must be positive"
         )
-        for name in ("discriminator_steps", "real_steps", "discriminator_batch_size"):
-            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """How to judge a distilled set: fresh classifiers trained on it alone, tested on real held-out images."""
 
-    preset: str | None = option(None, "named set of defaults for the fields below; default: that of the run")
+    preset: str | None = option(None, "named set of defaults for the fields below")
     path: str = option("runs/digits", "run folder or image folder <class>/*.png", cli=False)
     real: str | None = option(None, "real images: 'digits' or a folder; default: those of the run")
-    protocol: str = option("hard-sgd", "training protocol", ("hard-sgd", "hard-adamw"))
+    protocol: str | None = option(
+        None,
+        "training protocol; default hard-sgd, hard-adamw for runs on the bundled digits",
+        ("hard-sgd", "hard-adamw"),
+    )
     network: str | None = option(
         None, "convnet-<depth>, resnet-18 or resnetap-10; default: convnet of the size's depth"
     )
@@ -138,9 +160,7 @@ class EvaluateConfig:
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        _require(self.repeats >= 1, f"--repeats is {self.repeats}, it must be at least 1")
-        _require(self.epochs is None or self.epochs >= 1, f"--epochs is {self.epochs}, it must be at least 1")
-        _require(self.ipc is None or self.ipc >= 1, f"--ipc is {self.ipc}, it must be at least 1")
+        _check(self, ("ipc", "repeats", "epochs"))
         for name in self.baselines:
             _require(name in ("random", "plain"), f"there is no baseline {name!r}; use random, plain or both")
 
@@ -165,12 +185,23 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, batches and noise")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
 
+    def __post_init__(self) -> None:
+        _check(self, ("hidden_size", "depth", "num_heads", "patch_size", "iterations", "batch_size"))
+        dropped = self.class_dropout_prob
+        _require(self.lr > 0, f"--lr is {self.lr}, it must be positive")
+        _require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}, it must not be negative")
+        _require(0 <= dropped < 1, f"--class-dropout-prob is {dropped}, it must be 0 or more and below 1")
+        _require(
+            0 <= self.ema_decay < 1, f"--ema-decay is {self.ema_decay}, it must be 0 or more and below 1"
+        )
+
 
 # name -> values other than the class's defaults; measured in benchmarks/results (see benchmarks/README.md)
+# The digits are the class defaults, so that DistillConfig() in Python is `acs-fast distill`.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
-    DistillConfig: {"digits": {"clip_denoised": True}},
+    DistillConfig: {"digits": {}},
     EvaluateConfig: {"digits": {"protocol": "hard-adamw", "epochs": 400}},
-    TrainConfig: {"digits": {"out": "runs/digits-dit"}},
+    TrainConfig: {"digits": {}},
 }
 
 
@@ -180,21 +211,17 @@ def resolve(cls: type[T], given: dict[str, Any], file: str | None = None) -> T:
     Raises InputError for an unknown preset, a name that is no field, or a value of the wrong type.
     """
     values = {**(_read_file(Path(file)) if file else {}), **given}
-    presets = PRESETS.get(cls, {})
-    name = values.get("preset", next(f.default for f in dataclasses.fields(cls) if f.name == "preset"))
-    if name is not None and name not in presets:
-        raise InputError(f"there is no preset {name!r}; use {', '.join(presets)}")
-    merged = {**presets.get(name, {}), **values}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for key, value in merged.items():
+    for key, value in values.items():
         if key not in fields:
             raise InputError(f"{key!r} is no setting of {cls.__name__}; known: {', '.join(fields)}")
-        merged[key] = _convert(key, value, hints[key], fields[key].metadata.get("choices", ()))
-    return cls(**merged)
+        values[key] = _convert(key, value, hints[key])
+    preset = PRESETS[cls].get(values.get("preset", fields["preset"].default), {})
+    return cls(**{**preset, **values})
 
 
-def _convert(name: str, value: Any, hint: Any, choices: tuple[str, ...]) -> Any:
+def _convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type; JSON and YAML have lists for tuples and integers for floats."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
@@ -204,13 +231,11 @@ def _convert(name: str, value: Any, hint: Any, choices: tuple[str, ...]) -> Any:
         parts = typing.get_args(kind)
         if not isinstance(value, list | tuple) or (parts[-1] is not Ellipsis and len(value) != len(parts)):
             raise InputError(f"{name} is {value!r}, it must be a list like {kind}")
-        return tuple(_convert(name, part, parts[0], choices) for part in value)
+        return tuple(_convert(name, part, parts[0]) for part in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{name} is {value!r}, it must be {kind.__name__}")
-    if choices and value not in choices:
-        raise InputError(f"{name} is {value!r}, it must be one of {', '.join(choices)}")
     return value
 
 
@@ -229,6 +254,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # yaml.YAMLError, a class of the deferred module
         raise InputError(f"configuration {path} is not valid YAML ({error})") from error
+    if isinstance(values, dict):
+        values = values.get("config", values)  # a run's own config.json serves too
     if not isinstance(values, dict):
         raise InputError(f"configuration {path} holds no settings; write one 'name: value' a line")
-    return values.get("config", values)  # a run's own config.json serves too
+    return values

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.data import (
     ASSETS,
     DIGITS,
+    ImageSet,
     check_classes,
     load_images,
     read_class_list,
@@ -64,9 +67,9 @@ def distill(config: DistillConfig, overwrite: bool = False) -> Path:
     continue from (samples/, discriminators/). An interrupted run of the same configuration is continued and
     ends with the same bytes; a folder of another configuration raises InputError unless `overwrite`.
     """
-    run, out = Run(config), Path(config.out)
+    run, out = Run(config, overwrite), Path(config.out)
     with lock(out):
-        run.start(overwrite)
+        run.start()
         started = time.perf_counter()
         for curriculum in range(1, config.num_curricula + 1):
             run.sample_curriculum(curriculum)
@@ -79,11 +82,14 @@ def distill(config: DistillConfig, overwrite: bool = False) -> Path:
 class Run:
     """One distillation: the model, the classes, the curricula and the folder it is written to."""
 
-    def __init__(self, config: DistillConfig):
-        self.config, self.out = config, Path(config.out)
+    def __init__(self, config: DistillConfig, overwrite: bool = False):
+        self.out, self.overwrite = Path(config.out), overwrite
         self.device = resolve_device(config.device)
         self.checkpoint = ASSETS / "digits-dit.safetensors" if config.model == DIGITS else Path(config.model)
         self.model = load_model(self.checkpoint, config).to(self.device)
+        if config.clip_denoised is None:
+            config = dataclasses.replace(config, clip_denoised=samples_pixels(self.model))
+        self.config = config
         self.classes, labels = select_classes(self.model, config.classes)
         self.class_labels = torch.tensor(labels, device=self.device)  # the model's label of each position
         self.ranges = curriculum_ranges(config.ipc, config.num_curricula)
@@ -101,24 +107,30 @@ class Run:
             self.device,
             self.out / "discriminators",
         )
+        # the real images now, if they are needed: what is missing there is refused before anything is written
+        learnability = self.guided and config.objective == "learnability"
+        needed = learnability and (overwrite or not self.classifiers.is_trained("real"))
+        self.real = self._load_real() if needed else None
 
-    def start(self, overwrite: bool) -> None:
+    def start(self) -> None:
         """Take the run folder, find what is missing in it, and print the plan."""
         record = {
-            "config": dataclasses.asdict(self.config),
+            "config": dataclasses.asdict(with_absolute_paths(self.config)),
             "model_sha256": hashlib.sha256(self.checkpoint.read_bytes()).hexdigest(),
             "classes": list(self.classes),
             "class_labels": self.class_labels.tolist(),
             "ops": {"sources": {"step": "reference"}},
             **describe(self.device),
         }
-        claim(self.out, record, overwrite)
+        stored = claim(self.out, record, self.overwrite)
         self.manifest = Manifest(self.out)
         self.manifest.rewrite(self._keys())
         self.missing = {
             curriculum: [item for item in enumerate(batches) if not self._done(curriculum, *item)]
             for curriculum, batches in enumerate(self.batches, start=1)
         }
+        if any(self.missing.values()):
+            warn_of_other_code(stored, record)
         print(self._plan(), flush=True)
 
     def sample_curriculum(self, curriculum: int) -> None:
@@ -175,20 +187,11 @@ class Run:
         self.sampled += len(batch)
 
     def _guidance(self, curriculum: int) -> Guidance:
-        c, title = self.config, f"curriculum {curriculum}/{self.config.num_curricula}"
-        samples, positions = self._sampled_before(curriculum)
-        previous = str(curriculum - 1) if c.discriminator_init == "warm" and curriculum > 2 else None
-        discriminator = self.classifiers.get(
-            str(curriculum), f"{title} discriminator", samples, positions, c.discriminator_steps, previous
-        )
-        real_classifier = None
+        c = self.config
+        discriminator, real_classifier = self._discriminator(curriculum), None
         if c.objective == "learnability":
-            shape = self.model.config
-            real = load_images(c.real, "train", self.classes, shape.input_size, shape.in_channels)
-            images, labels = to_model_range(real.images).to(self.device), real.labels.to(self.device)
-            real_classifier = self.classifiers.get(
-                "real", f"{title} real classifier", images, labels, c.real_steps
-            )
+            title = f"curriculum {curriculum}/{c.num_curricula} real classifier"
+            real_classifier = self.classifiers.get("real", title, self._take_real, c.real_steps)
         return Guidance(
             objective=c.objective,
             discriminator=discriminator,
@@ -199,6 +202,27 @@ class Run:
             window=c.guidance_window,
             jacobian=c.jacobian,
         )
+
+    def _discriminator(self, curriculum: int) -> nn.Module:
+        """f_i of a curriculum; a warm one starts from the one before, which is trained anew if it is lost."""
+        c = self.config
+        warm = c.discriminator_init == "warm" and curriculum > 2
+        return self.classifiers.get(
+            str(curriculum),
+            f"curriculum {curriculum}/{c.num_curricula} discriminator",
+            lambda: self._sampled_before(curriculum),
+            c.discriminator_steps,
+            (lambda: self._discriminator(curriculum - 1)) if warm else None,
+        )
+
+    def _load_real(self) -> ImageSet:
+        shape = self.model.config
+        return load_images(self.config.real, "train", self.classes, shape.input_size, shape.in_channels)
+
+    def _take_real(self) -> tuple[Tensor, Tensor]:
+        """The real images and their labels, once: afterwards they are not kept."""
+        real, self.real = self.real or self._load_real(), None
+        return to_model_range(real.images).to(self.device), real.labels.to(self.device)
 
     def _sampled_before(self, curriculum: int) -> tuple[Tensor, Tensor]:
         """The samples of all earlier curricula and the positions of their classes."""
@@ -264,7 +288,7 @@ def load_model(checkpoint: Path, config: DistillConfig) -> DiT:
     """The denoiser of a run, or InputError for one that this configuration cannot sample images from."""
     model = load_checkpoint(checkpoint)
     channels = model.config.in_channels
-    if channels not in (1, 3):
+    if not samples_pixels(model):
         raise InputError(
             f"{checkpoint} samples {channels}-channel latents, which need a VAE to become images; "
             "this version distils pixel models (1 or 3 channels)"
@@ -274,6 +298,34 @@ def load_model(checkpoint: Path, config: DistillConfig) -> DiT:
     if config.cfg_channels is not None and not 1 <= config.cfg_channels <= channels:
         raise InputError(f"--cfg-channels is {config.cfg_channels}, this model has {channels}")
     return model
+
+
+def samples_pixels(model: DiT) -> bool:
+    """Whether the model's samples are images in [-1, 1], not latents of a VAE."""
+    return model.config.in_channels in (1, 3)
+
+
+def with_absolute_paths(config: DistillConfig) -> DistillConfig:
+    """The configuration as a later command can use it from any folder; the bundled names stay."""
+    model, real = (path if path == DIGITS else os.path.abspath(path) for path in (config.model, config.real))
+    classes = config.classes and os.path.abspath(config.classes)
+    return dataclasses.replace(config, model=model, real=real, classes=classes)
+
+
+def warn_of_other_code(stored: dict[str, Any], record: dict[str, Any]) -> None:
+    """Say so when a run is continued by another torch or another commit than it was started by."""
+
+    def code(side: dict[str, Any]) -> str:
+        versions = side.get("versions")
+        torch_version = versions.get("torch") if isinstance(versions, dict) else None
+        return f"torch {torch_version}, commit {side.get('commit')}"
+
+    if code(stored) != code(record):
+        print(
+            f"warning: this run was started with {code(stored)} and goes on with {code(record)}; "
+            "what is sampled now may differ in rounding",
+            file=sys.stderr,
+        )
 
 
 def select_classes(model: DiT, path: str | None) -> tuple[tuple[str, ...], list[int]]:

@@ -71,12 +71,16 @@ def read_class_list(path: Path) -> tuple[str, ...]:
         raise InputError(
             f"class list {path} cannot be read ({error}); give a text file, one class a line"
         ) from error
+    if not names:
+        raise InputError(f"class list {path} is empty; give a text file, one class a line")
     return check_classes(names)
 
 
 def check_classes(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names unchanged, or InputError for one that is not a plain, unique folder name."""
     for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"class name {name!r} is not text; write it in quotes")
         if name in ("", ".", "..") or any(c in name for c in "/\\\0") or not name.isprintable():
             raise InputError(f"class name {name!r} is not a plain folder name; rename the class")
     if len(set(names)) != len(names):
@@ -86,29 +90,34 @@ def check_classes(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def has_splits(source: str) -> bool:
+    """Whether a source keeps its training images apart from its test images."""
+    return source == DIGITS or all((Path(source) / split).is_dir() for split in ("train", "val"))
+
+
 def load_images(
     source: str,
-    split: str,
+    split: str | None,
     classes: tuple[str, ...] | None = None,
     size: int | None = None,
     channels: int | None = None,
 ) -> ImageSet:
     """All images of a source: `digits` or a folder `<split>/<class>/*` (or `<class>/*` without splits).
 
-    split: `train` or `val`. classes: label order, default the sorted folder names. size: shorter side resized
-    to it and the centre cropped, default the size of the first image. channels: 1 or 3, default those of the
-    first image.
+    split: `train` or `val`; None reads a distilled set, which is a folder `<class>/*` whatever its names are.
+    classes: label order, default the sorted folder names. size: shorter side resized to it and the centre
+    cropped, default the size of the first image. channels: 1 or 3, default those of the first image.
 
     Raises InputError naming a missing folder, an empty class or an unreadable image.
     """
-    if source == DIGITS:
+    if source == DIGITS and split is not None:
         if size not in (None, 8) or channels not in (None, 1):
             raise InputError(
                 "the digits are grey and 8x8, which does not fit here; name other images: --real FOLDER"
             )
         return _load_digits(split, classes)
     root = Path(source)
-    root = root / split if (root / split).is_dir() else root
+    root = root / split if split and (root / split).is_dir() else root
     if not root.is_dir():
         raise InputError(f"there is no image folder {root}; give a folder of class folders")
     names = classes or tuple(_class_folders(root))

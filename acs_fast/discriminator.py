@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from acs_fast.augment import random_resized_crop
-from acs_fast.config import DistillConfig, InputError
+from acs_fast.config import DistillConfig
 from acs_fast.data import DIGITS
 from acs_fast.models.classifier import build_classifier
 from acs_fast.writer import read_tensors, write_tensors
@@ -45,16 +45,26 @@ class Classifiers:
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def get(
-        self, name: str, title: str, images: Tensor, labels: Tensor, steps: int, previous: str | None = None
+        self,
+        name: str,
+        title: str,
+        data: Callable[[], tuple[Tensor, Tensor]],
+        steps: int,
+        previous: Callable[[], nn.Module] | None = None,
     ) -> nn.Module:
         """The trained classifier: from the folder, or trained now (a bar shows it) and put there.
 
-        previous: start from that classifier's weights instead of new ones.
+        data: makes the images and labels to train on. previous: makes the classifier from whose weights to
+        start, instead of new ones. Neither is called for a classifier that is in the folder.
         """
         network, c = self.build(name), self.config
-        if not self._load(network, name):
-            if previous is not None and not self._load(network, previous):
-                raise InputError(f"{self._path(previous)} is gone or damaged; start again with --overwrite")
+        state = read_tensors(self._path(name))
+        if state is not None:
+            network.load_state_dict(state)
+        else:
+            if previous is not None:
+                network.load_state_dict(previous().state_dict())
+            images, labels = data()
             losses = train_classifier(
                 network.requires_grad_(True),
                 images,
@@ -71,11 +81,9 @@ class Classifiers:
             write_tensors(self._path(name), network.state_dict())
         return network.eval().requires_grad_(False)
 
-    def _load(self, network: nn.Module, name: str) -> bool:
-        state = read_tensors(self._path(name))
-        if state is not None:
-            network.load_state_dict(state)
-        return state is not None
+    def is_trained(self, name: str) -> bool:
+        """Whether the folder holds the classifier, readable."""
+        return read_tensors(self._path(name)) is not None
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

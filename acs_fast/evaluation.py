@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import statistics
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from acs_fast.augment import cutmix, normalize, train_transform
-from acs_fast.config import DistillConfig, EvaluateConfig, InputError, resolve
+from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError, resolve
 from acs_fast.curriculum import distill
-from acs_fast.data import ImageSet, load_images
+from acs_fast.data import ASSETS, DIGITS, ImageSet, check_classes, has_splits, load_images, read_class_list
 from acs_fast.environment import describe, resolve_device
 from acs_fast.models.classifier import build_classifier, default_network
-from acs_fast.report import write_report
-from acs_fast.writer import RUN_CONFIG, write_json
+from acs_fast.protocol import Accuracy, protocol_epochs, train_and_test
+from acs_fast.report import epochs_text, write_report
+from acs_fast.writer import RUN_CONFIG, lock, write_json
 
-VALIDATIONS = 100
+PROTOCOL_SIZE = 224  # px: the published protocols resize to this; here a set keeps its own size
 DISTILLED, RANDOM, PLAIN = "distilled", "random real", "plain"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run folder: its configuration and its classes in label order."""
+    """A run folder: its configuration, its classes in label order, its model's digest and its device type."""
 
     path: Path
     config: DistillConfig
     classes: tuple[str, ...]
+    model_sha256: str
+    device: str
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -42,37 +46,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     `config.path` is a run folder or a folder <class>/*.png. Returns (and writes to results.json of a run
     folder) for each set the best and last top-1 accuracy of every repeat, their mean and their standard
-    deviation (ddof 0), in percent.
+    deviation (ddof 0), in percent. What can be refused is refused before anything is trained or sampled.
     """
     run = read_run(Path(config.path))
-    if run is None and config.real is None:
-        raise InputError(
-            f"{config.path} is not a run folder, so name the real images: --real FOLDER or --real digits"
-        )
-    if run is None and PLAIN in config.baselines:
-        raise InputError(
-            f"{config.path} is not a run folder, so --baselines plain cannot be sampled; give the run's"
-        )
-    source = config.real or (run.config.real if run else "")
-    folder = str(run.path / "images") if run else config.path
-    distilled = load_images(folder, "train", run.classes if run else None)
-    size, channels = distilled.images.shape[-1], distilled.images.shape[1]
-    test = load_images(source, "val", distilled.classes, size, channels)
-    ipc = config.ipc or int(torch.bincount(distilled.labels).min())
-    sets = {DISTILLED: distilled}
-    if "random" in config.baselines:
-        sets[RANDOM] = load_images(source, "train", distilled.classes, size, channels)
-    if PLAIN in config.baselines and run:
-        sets[PLAIN] = load_images(str(sample_plain(run) / "images"), "train", run.classes)
-    for name, images in sets.items():
-        fewest = int(torch.bincount(images.labels, minlength=len(images.classes)).min())
-        if fewest < ipc:
-            raise InputError(
-                f"--ipc {ipc}: a class of the {name} images has only {fewest}; give at most that many"
-            )
     device = resolve_device(config.device)
+    source = config.real or (run.config.real if run else "")
+    check_baselines(config, run, source)
+    sets, test, ipc = load_sets(config, run, source)
+    channels, size = test.images.shape[1], test.images.shape[-1]
+    num_classes = len(test.classes)
     network = config.network or default_network(size)
-    epochs = config.epochs or protocol_epochs(ipc, len(distilled.classes))
+    with torch.device("meta"):
+        build_classifier(network, channels, num_classes, size)  # refused here if it does not fit
+    if run:
+        with lock(run.path):  # refused here if results could not be written
+            pass
+    if PLAIN in config.baselines and run:
+        sets[PLAIN] = load_images(str(sample_plain(run, device) / "images"), None, run.classes)
+    protocol, epochs = choose_protocol(config, run, ipc, num_classes)
     accuracies: dict[str, list[Accuracy]] = {name: [] for name in sets}
     started = time.perf_counter()
     with tqdm(
@@ -84,13 +75,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 chosen = dataclasses.replace(chosen, mirror=test.mirror)
                 progress.set_postfix_str(f"{name}, seed {seed}", refresh=False)
                 accuracies[name].append(
-                    train_and_test(chosen, test, network, config.protocol, epochs, seed, device, progress)
+                    train_and_test(chosen, test, network, protocol, epochs, seed, device, progress)
                 )
     results = {
-        "protocol": config.protocol,
+        "protocol": protocol,
         "network": network,
         "epochs": epochs,
+        "protocol_epochs": protocol_epochs(ipc, num_classes),
         "ipc": ipc,
+        "image_size": size,
+        "mirror": test.mirror,
+        "seed": config.seed,
+        "repeats": config.repeats,
+        "baselines": list(config.baselines),
         "test_images": len(test),
         "real": source,
         "seconds": round(time.perf_counter() - started, 1),
@@ -98,37 +95,150 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **describe(device),
     }
     if run:
-        write_json(run.path / "results.json", results)
-        write_report(run.path, results)
+        write_results(run.path, results)
     return results
 
 
+def load_sets(
+    config: EvaluateConfig, run: Run | None, source: str
+) -> tuple[dict[str, ImageSet], ImageSet, int]:
+    """The sets to train on that exist already, the real test images, and the ipc, which every set has."""
+    folder, classes = (str(run.path / "images"), run.classes) if run else (config.path, None)
+    distilled = load_images(folder, None, classes)
+    channels, size = distilled.images.shape[1], distilled.images.shape[-1]
+    test = load_images(source, "val", distilled.classes, size, channels)
+    sets = {DISTILLED: distilled}
+    if "random" in config.baselines:
+        sets[RANDOM] = load_images(source, "train", distilled.classes, size, channels)
+    available = {name: fewest(images) for name, images in sets.items()}
+    if PLAIN in config.baselines and run:
+        available[PLAIN] = run.config.ipc
+    ipc = config.ipc or available[DISTILLED]
+    for name, count in available.items():
+        if count < ipc:
+            raise InputError(f"--ipc {ipc}: a class of the {name} images has only {count}; give at most that")
+    return sets, test, ipc
+
+
+def fewest(images: ImageSet) -> int:
+    """The number of images of the smallest class."""
+    return int(torch.bincount(images.labels, minlength=len(images.classes)).min())
+
+
+def choose_protocol(config: EvaluateConfig, run: Run | None, ipc: int, num_classes: int) -> tuple[str, int]:
+    """Protocol and epochs: those given; else the preset's for a run on the digits; else hard-sgd, by ipc.
+
+    A protocol that is named has its own epochs, not the preset's.
+    """
+    preset = PRESETS[EvaluateConfig].get(run.config.real, {}) if run and not config.protocol else {}
+    protocol = config.protocol or preset.get("protocol", "hard-sgd")
+    return protocol, config.epochs or preset.get("epochs") or protocol_epochs(ipc, num_classes)
+
+
+def check_baselines(config: EvaluateConfig, run: Run | None, source: str) -> None:
+    """InputError for real images that are not named and for a baseline that cannot be had honestly."""
+    if not source:
+        raise InputError(
+            f"{config.path} is not a run folder, so name the real images: --real FOLDER or --real digits"
+        )
+    if "random" in config.baselines and not has_splits(source):
+        raise InputError(
+            f"--baselines random: {source} has no train/ and val/, so the classifiers would be tested on "
+            "the images they are trained on; split it or leave random out"
+        )
+    if PLAIN not in config.baselines:
+        return
+    if run is None:
+        raise InputError(
+            f"{config.path} is not a run folder, so --baselines plain cannot be sampled; give the run's"
+        )
+    model = ASSETS / "digits-dit.safetensors" if run.config.model == DIGITS else Path(run.config.model)
+    if not model.is_file() or hashlib.sha256(model.read_bytes()).hexdigest() != run.model_sha256:
+        raise InputError(
+            f"--baselines plain: {model} is not the model of the run any more; put it back or leave plain out"
+        )
+    if run.config.classes is not None and read_class_list(Path(run.config.classes)) != run.classes:
+        raise InputError(
+            f"--baselines plain: {run.config.classes} lists other classes than the run has; "
+            "put it back or leave plain out"
+        )
+
+
 def read_run(path: Path) -> Run | None:
-    """The run in a folder, or None for a folder without a configuration; InputError if nothing is there."""
+    """The finished run in a folder, or None for a folder without a configuration.
+
+    InputError if there is no folder, an image is missing, or the contact sheet, which distill writes last.
+    """
     if not path.is_dir():
         raise InputError(f"there is no folder {path}; give a run folder or a folder of class folders")
     if not (path / RUN_CONFIG).is_file():
         return None
-    try:
-        record = json.loads((path / RUN_CONFIG).read_text())
-        config, classes = record["config"], tuple(record["classes"])
-    except (ValueError, KeyError) as error:
-        raise InputError(
-            f"{path / RUN_CONFIG} cannot be read ({error}); distil again with --overwrite"
-        ) from error
-    run = Run(path, resolve(DistillConfig, config), classes)
-    images = sum(1 for _ in (path / "images").glob("*/*.png"))
-    if images < run.config.ipc * len(classes):
-        raise InputError(
-            f"{path} is unfinished: {images} of {run.config.ipc * len(classes)} images; run distill again"
-        )
+    run = read_record(path)
+    total = run.config.ipc * len(run.classes)
+    indices = range(run.config.ipc)
+    images = sum((path / "images" / name / f"{k}.png").is_file() for name in run.classes for k in indices)
+    if images < total:
+        raise InputError(f"{path} is unfinished: {images} of {total} images; run distill again")
+    if not (path / "contact_sheet.png").is_file():
+        raise InputError(f"{path} is unfinished: it has no contact_sheet.png; run distill again")
     return run
 
 
-def sample_plain(run: Run) -> Path:
-    """The run's images without guidance: same model, noise and settings, made once inside the run folder."""
+def read_record(path: Path) -> Run:
+    """The run that the configuration in a folder describes; InputError if distill did not write it."""
+    try:
+        record = json.loads((path / RUN_CONFIG).read_text())
+        if not isinstance(record["classes"], list) or not record["classes"]:
+            raise ValueError("classes is no list of names")
+        if not isinstance(record["model_sha256"], str):
+            raise ValueError("model_sha256 is no text")
+        return Run(
+            path=path,
+            config=resolve(DistillConfig, record["config"]),
+            classes=check_classes(tuple(record["classes"])),
+            model_sha256=record["model_sha256"],
+            device=str(record.get("device")).partition(" ")[0],
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(
+            f"{path / RUN_CONFIG} cannot be read ({error}); distil again with --overwrite"
+        ) from error
+
+
+def sample_plain(run: Run, device: torch.device) -> Path:
+    """The run's images without guidance: same model, noise and settings, kept inside the run folder."""
     out = run.path / "baselines" / PLAIN
-    return distill(dataclasses.replace(run.config, guidance_scale=0.0, out=str(out)))
+    config = dataclasses.replace(run.config, guidance_scale=0.0, out=str(out), device=device.type)
+    other_device = (out / RUN_CONFIG).is_file() and read_record(out).device != device.type
+    return distill(config, overwrite=other_device)
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results.json, and report.html if it can be drawn, with the run's lock held."""
+    with patient_lock(path):
+        write_json(path / "results.json", results)
+        try:
+            write_report(path, results)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            print(f"warning: no report.html could be drawn ({error})", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                (path / "report.html").unlink()  # an earlier one shows other results
+
+
+@contextlib.contextmanager
+def patient_lock(path: Path, seconds: float = 60.0) -> Iterator[None]:
+    """`writer.lock`, but it waits for a while: the other process may be about to end its own evaluation."""
+    until = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock(path))
+                break
+            except InputError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+        yield
 
 
 def summary(values: list[Accuracy]) -> dict[str, Any]:
@@ -142,10 +252,13 @@ def summary(values: list[Accuracy]) -> dict[str, Any]:
 
 def format_table(results: dict[str, Any]) -> str:
     """The results as the table that the command prints."""
-    repeats = len(next(iter(results["sets"].values()))["best"]["values"])
+    repeats, size = results["repeats"], f"images of {results['image_size']} px"
     lines = [
-        f"protocol {results['protocol']}: {results['network']}, {results['epochs']} epochs, "
+        f"protocol {results['protocol']}: {results['network']}, {epochs_text(results)}, "
         f"ipc {results['ipc']}, {repeats} repeats, top-1 % on {results['test_images']} real test images",
+        size
+        if results["image_size"] == PROTOCOL_SIZE
+        else f"{size}; the protocol resizes to {PROTOCOL_SIZE}",
         f"{'set':<14}{'best':>14}{'last':>16}",
     ]
     for name, row in results["sets"].items():
@@ -155,88 +268,3 @@ def format_table(results: dict[str, Any]) -> str:
         "mean +- std over repeats; best is the best of the validations on the test set, which flatters"
     )
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 accuracy in percent of one trained classifier: the best of the validations, and the last."""
-
-    best: float
-    last: float
-
-
-def protocol_epochs(ipc: int, num_classes: int) -> int:
-    """The Minimax protocol's epochs by ipc; for exactly 100 classes two thirds, floored to hundreds."""
-    limits = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500))
-    epochs = next((value for limit, value in limits if ipc <= limit), 300)
-    return int(2 * epochs / 3) // 100 * 100 if num_classes == 100 else epochs
-
-
-def make_optimizer(network: nn.Module, protocol: str, num_classes: int) -> torch.optim.Optimizer:
-    """`hard-sgd`: SGD 0.01 (0.1 above 100 classes), momentum 0.9; `hard-adamw`: AdamW 1e-3, decay 0.01."""
-    if protocol == "hard-adamw":
-        return torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
-    large = num_classes > 100
-    return torch.optim.SGD(
-        network.parameters(), lr=0.1 if large else 0.01, momentum=0.9, weight_decay=1e-4 if large else 5e-4
-    )
-
-
-def train_and_test(
-    train: ImageSet,
-    test: ImageSet,
-    network: str,
-    protocol: str,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-    progress: tqdm[Any] | None = None,
-) -> Accuracy:
-    """Train one fresh classifier on `train` and test it on `test`, both preloaded on the device.
-
-    Batches of 64 (128 above 100 classes), CutMix on each, rate times 0.2 at epochs 2E // 3 and 5E // 6,
-    validated every E // 100 epochs.
-    """
-    num_classes, size = len(train.classes), train.images.shape[-1]
-    images, labels = train.images.to(device).float() / 255.0, train.labels.to(device)
-    test_images, test_labels = normalize(test.images.to(device).float() / 255.0), test.labels.to(device)
-    torch.manual_seed(seed)
-    model = build_classifier(network, images.shape[1], num_classes, size)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, protocol, num_classes)
-    milestones = sorted({2 * epochs // 3, 5 * epochs // 6})
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    generator = torch.Generator().manual_seed(seed)
-    batch_size = 128 if num_classes > 100 else 64
-    every = max(1, epochs // VALIDATIONS)
-    best = last = 0.0
-    for epoch in range(1, epochs + 1):
-        model.train()
-        for rows in torch.randperm(len(labels), generator=generator).to(device).split(batch_size):
-            batch = train_transform(images[rows], train.mirror, generator)
-            mixed, other, kept = cutmix(batch, labels[rows], generator)
-            logits = model(mixed)
-            loss = kept * F.cross_entropy(logits, labels[rows]) + (1.0 - kept) * F.cross_entropy(
-                logits, other
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress.update()
-        if epoch % every == 0 or epoch == epochs:
-            last = top1(model, test_images, test_labels)
-            best = max(best, last)
-    return Accuracy(best, last)
-
-
-@torch.no_grad()
-def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
-    """Top-1 accuracy in percent on normalised images."""
-    model.eval()
-    right = sum(
-        (model(x).argmax(dim=1) == y).sum().item()
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    )
-    return 100.0 * right / len(labels)

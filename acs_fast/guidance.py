@@ -61,16 +61,19 @@ class Guidance:
             return learnability(logits, self.real_classifier(z), class_labels, self.omega)
         return (adversarial if self.objective == "adversarial" else nonsaturating)(logits, class_labels)
 
-    def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor) -> Tensor:
+    def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
         """g / ||g|| per sample (3), (4), zero where g is: [B, C, H, W].
 
         jacobian `identity`: g = dL/dz at z = x0; d x0 / d x_t is a factor 1 / sqrt(a_t) the norm removes.
         jacobian `full`: g = dL/dx_t through the denoiser; pred_xstart must be a differentiable function of x.
+        clip: z is x0 clamped to [-1, 1], and the gradient passes straight through the clamp.
         """
+        z = pred_xstart.detach()
+        z = (z.clamp(-1.0, 1.0) if clip else z).requires_grad_()
         with torch.enable_grad():
-            if self.jacobian == "identity":
-                x = pred_xstart = pred_xstart.detach().requires_grad_()
-            (g,) = torch.autograd.grad(self.value(pred_xstart, class_labels).sum(), x)
+            (g,) = torch.autograd.grad(self.value(z, class_labels).sum(), z)
+        if self.jacobian == "full":
+            (g,) = torch.autograd.grad(pred_xstart, x, g)
         tiny = torch.finfo(g.dtype).tiny
         g = g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)  # the squares must not underflow
         return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)

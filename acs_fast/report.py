@@ -32,16 +32,18 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow: auto }}
 <h2>Accuracy on real images</h2>
 <table><tr><th>set<th>best<th>last</tr>{rows}</table>
 <p>Protocol {protocol}: top-1 accuracy in percent on {test_images} real test images of {network} trained for
-{epochs} epochs on {ipc} images per class, mean &plusmn; standard deviation over the repeats.
+{epochs} on {ipc} images of {image_size} px per class, mean &plusmn; standard deviation over the repeats.
 &ldquo;Best&rdquo; is the best of the validations on the test set, which flatters every row.</p>
 <h2>The distilled set</h2>
 <p>A row a class, a block of columns a curriculum.</p>
 <img alt="contact sheet" src="data:image/png;base64,{sheet}">
-<h2>What each discriminator made of the images it steered</h2>
-<img class="plot" alt="discriminator loss and accuracy by curriculum" src="data:image/png;base64,{curves}">
-<h2>Configuration</h2>
+{curves}<h2>Configuration</h2>
 <pre>{config}</pre>
 </html>
+"""
+
+CURVES = """<h2>What each discriminator made of the images it steered</h2>
+<img class="plot" alt="discriminator loss and accuracy by curriculum" src="data:image/png;base64,{curves}">
 """
 
 MIN_CELL = 32  # pixels: small images are enlarged by a whole factor to at least this
@@ -84,6 +86,7 @@ def write_report(run: Path, results: dict[str, Any]) -> Path:
         + "</tr>"
         for name, row in results["sets"].items()
     )
+    curves = discriminator_curves(run / "manifest.jsonl")
     page = PAGE.format(
         title=html.escape(f"Distilled set {run.name}"),
         summary=html.escape(
@@ -95,24 +98,37 @@ def write_report(run: Path, results: dict[str, Any]) -> Path:
         ),
         rows=rows,
         sheet=base64.b64encode((run / "contact_sheet.png").read_bytes()).decode(),
-        curves=base64.b64encode(discriminator_curves(run / "manifest.jsonl")).decode(),
+        curves=CURVES.format(curves=base64.b64encode(curves).decode()) if curves else "",
+        epochs=html.escape(epochs_text(results)),
         config=html.escape(json.dumps(config, indent=2)),
         **{
             key: html.escape(str(results[key]))
-            for key in ("protocol", "test_images", "network", "epochs", "ipc")
+            for key in ("protocol", "test_images", "network", "ipc", "image_size")
         },
     )
     write_atomic(run / "report.html", page.encode())
     return run / "report.html"
 
 
-def discriminator_curves(manifest: Path) -> bytes:
-    """The PNG bytes of each discriminator's mean loss and accuracy on images it steered, by curriculum."""
+def epochs_text(results: dict[str, Any]) -> str:
+    """The epochs trained, and the protocol's own if they are more."""
+    fewer = results["epochs"] < results["protocol_epochs"]
+    of = f" of the protocol's {results['protocol_epochs']}" if fewer else ""
+    return f"{results['epochs']}{of} epochs"
+
+
+def discriminator_curves(manifest: Path) -> bytes | None:
+    """The PNG bytes of each discriminator's mean loss and accuracy on images it steered, by curriculum.
+
+    None for a run without guidance.
+    """
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    guided = sorted({row["curriculum"] for row in rows if row["discriminator_loss"] is not None})
+    if not guided:
+        return None
     # deferred: only the report draws, and the import takes half a second
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    guided = sorted({row["curriculum"] for row in rows if row["discriminator_loss"] is not None})
     of = {number: [row for row in rows if row["curriculum"] == number] for number in guided}
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)

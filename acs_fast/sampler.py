@@ -33,6 +33,7 @@ def denoise(
     targets = class_labels if targets is None else targets
     labels = torch.cat((class_labels, torch.full_like(class_labels, model.null_label)))
     coefficients = diffusion.step_coefficients(config.num_sampling_steps)
+    clip = bool(config.clip_denoised)
 
     def noise(step: int) -> Tensor:
         return philox_normal(class_labels, indices, seed=config.seed, step=step, shape=shape)
@@ -49,14 +50,13 @@ def denoise(
                 cond[:, :channels], null[:, :channels], config.cfg_scale, config.cfg_channels
             )
             pred_xstart = diffusion.predict_xstart(x, eps, c)  # (2)
-            if config.clip_denoised:
-                # the gradient passes straight through the clamp: taken at the clamped x0, as with `identity`
-                pred_xstart = pred_xstart + (pred_xstart.clamp(-1.0, 1.0) - pred_xstart).detach()
         push = None
         if guidance is not None and guided:
-            push = guidance.direction(x, pred_xstart, targets)  # (3)
+            push = guidance.direction(x, pred_xstart, targets, clip)  # (3)
             push = guidance.radius(eps.detach(), c) * push
         x, pred_xstart = x.detach(), pred_xstart.detach()
+        if clip:
+            pred_xstart = pred_xstart.clamp(-1.0, 1.0)
         if config.sampler == "ddim":
             x = diffusion.ddim_step(x, pred_xstart, noise(step), c, config.eta)
         else:

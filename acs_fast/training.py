@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
+import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,9 +16,10 @@ from tqdm import tqdm
 
 from acs_fast.config import InputError, TrainConfig
 from acs_fast.data import ImageSet, load_images, to_model_range
-from acs_fast.diffusion import NUM_TRAIN_TIMESTEPS, linear_alphas_cumprod
+from acs_fast.diffusion import NUM_TRAIN_TIMESTEPS, step_coefficients
 from acs_fast.environment import resolve_device
-from acs_fast.models.dit import DiT, DiTConfig, save_checkpoint
+from acs_fast.models.dit import DiT, DiTConfig, checkpoint_bytes
+from acs_fast.writer import lock, write_atomic, write_json
 
 WARMUP_STEPS = 200
 MAX_GRAD_NORM = 1.0
@@ -29,21 +29,18 @@ class HybridLoss:
     """L_simple + L_vlb of IDDPM (Nichol & Dhariwal 2021, eq. 16) for a model of (eps, variance values).
 
     L_simple is the mean squared error of eps. L_vlb is the KL divergence of DDPM (5) in bits per dimension,
-    with the mean detached so that it trains the variance alone, times T / 1000 as in the official code.
+    with the mean detached so that it trains the variance alone, times T / 1000 = 1 as in the official code.
     """
 
     def __init__(self, device: torch.device):
-        a = linear_alphas_cumprod()
-        a_prev = np.append(1.0, a[:-1])
-        beta = 1.0 - a / a_prev
-        variance = beta * (1.0 - a_prev) / (1.0 - a)
+        steps = step_coefficients(NUM_TRAIN_TIMESTEPS)
         columns = {
-            "sqrt_a": np.sqrt(a),
-            "sqrt_1ma": np.sqrt(1.0 - a),
-            "mean_x0": np.sqrt(a_prev) * beta / (1.0 - a),
-            "mean_xt": np.sqrt(1.0 - beta) * (1.0 - a_prev) / (1.0 - a),
-            "min_log": np.log(np.append(variance[1], variance[1:])),
-            "max_log": np.log(beta),
+            "sqrt_a": [math.sqrt(c.alpha_cumprod) for c in steps],
+            "sqrt_1ma": [math.sqrt(1.0 - c.alpha_cumprod) for c in steps],
+            "mean_x0": [c.posterior_mean_x0 for c in steps],
+            "mean_xt": [c.posterior_mean_xt for c in steps],
+            "min_log": [c.min_log_variance for c in steps],
+            "max_log": [c.max_log_variance for c in steps],
         }
         self.table = {
             name: torch.tensor(v, dtype=torch.float32, device=device) for name, v in columns.items()
@@ -70,7 +67,7 @@ class HybridLoss:
             + (true_mean - mean) ** 2 * torch.exp(-log_variance)
         )
         # at t = 0 the same Gaussian term replaces the decoder likelihood; this keeps the variance learnable
-        return F.mse_loss(eps, noise) + kl.mean() / math.log(2.0) * NUM_TRAIN_TIMESTEPS / 1000.0
+        return F.mse_loss(eps, noise) + kl.mean() / math.log(2.0)
 
 
 def train(config: TrainConfig) -> Path:
@@ -78,11 +75,33 @@ def train(config: TrainConfig) -> Path:
 
     Returns the checkpoint's path. The same seed on the same machine gives the same weights.
     """
-    if config.iterations < 1:
-        raise InputError(f"--iterations is {config.iterations}, it must be at least 1")
-    device = resolve_device(config.device)
+    device, out = resolve_device(config.device), Path(config.out)
     real = load_images(config.real, "train")
     model = _new_model(config, real).to(device)
+    with lock(
+        out
+    ):  # makes the folder too, so that one that cannot be written to is known before the training
+        path = out / "model.safetensors"
+        if path.exists():
+            raise InputError(f"{out} holds a model already; give another --out")
+        started = time.perf_counter()
+        ema, losses = _fit(config, model, real, device)
+        record = {
+            "config": dataclasses.asdict(config),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "images": len(real),
+            "loss": statistics.fmean(losses[-max(1, config.iterations // 10) :]),  # of the last tenth
+            "minutes": round((time.perf_counter() - started) / 60, 2),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        write_json(out / "train.json", record)
+        write_atomic(path, checkpoint_bytes(ema))
+    return path
+
+
+def _fit(config: TrainConfig, model: DiT, real: ImageSet, device: torch.device) -> tuple[DiT, list[float]]:
+    """Train `model` in place; returns its moving average and the loss of every iteration."""
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -93,7 +112,7 @@ def train(config: TrainConfig) -> Path:
     loss_fn = HybridLoss(device)
     images, labels = to_model_range(real.images), real.labels
     generator = torch.Generator().manual_seed(config.seed)
-    started, losses = time.perf_counter(), []
+    losses = []
     progress = tqdm(range(config.iterations), desc="train", unit="step", disable=None)
     for iteration in progress:
         for group in optimizer.param_groups:
@@ -101,34 +120,30 @@ def train(config: TrainConfig) -> Path:
         rows = torch.randint(0, len(real), (config.batch_size,), generator=generator)
         batch = images[rows].to(device)
         noise = torch.randn(batch.shape, generator=generator).to(device)
-        # one timestep from each of B equal strata: unbiased, with less variance (VDM, Kingma 2021)
-        strata = torch.arange(len(rows)) + torch.rand(1, generator=generator)
-        timesteps = (strata * (NUM_TRAIN_TIMESTEPS / len(rows))).long().to(device)
+        timesteps = stratified_timesteps(len(rows), torch.rand(1, generator=generator)).to(device)
         dropped = torch.rand(len(rows), generator=generator) < config.class_dropout_prob
         class_labels = torch.where(dropped, model.null_label, labels[rows]).to(device)
         loss = loss_fn(model, batch, noise, timesteps, class_labels)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError(f"the loss of iteration {iteration} is {losses[-1]}; lower --lr")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         _update_ema(ema, model, min(config.ema_decay, (1 + iteration) / (10 + iteration)))
-        losses.append(loss.detach())
         if iteration % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(ema, out / "model.safetensors")
-    record = {
-        "config": dataclasses.asdict(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "images": len(real),
-        "loss": torch.stack(losses[-max(1, config.iterations // 10) :]).mean().item(),  # of the last tenth
-        "minutes": round((time.perf_counter() - started) / 60, 2),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    (out / "train.json").write_text(json.dumps(record, indent=2) + "\n")
-    return out / "model.safetensors"
+            progress.set_postfix(loss=f"{losses[-1]:.4f}")
+    return ema, losses
+
+
+def stratified_timesteps(count: int, u: Tensor) -> Tensor:
+    """One timestep from each of `count` equal strata: unbiased, with less variance (VDM, Kingma 2021).
+
+    u: fp32 [1] in [0, 1); just below 1 the sum rounds up, so the last timestep is clamped.
+    """
+    timesteps = ((torch.arange(count) + u) * (NUM_TRAIN_TIMESTEPS / count)).long()
+    return timesteps.clamp(max=NUM_TRAIN_TIMESTEPS - 1)
 
 
 def _new_model(config: TrainConfig, real: ImageSet) -> DiT:

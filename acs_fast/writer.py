@@ -24,7 +24,6 @@ RUN_CONFIG = "config.json"
 MANIFEST = "manifest.jsonl"
 # all that distill, evaluate and report put into a run folder; --overwrite removes these and nothing else
 CONTENTS = (
-    MANIFEST,
     "images",
     "samples",
     "discriminators",
@@ -32,9 +31,11 @@ CONTENTS = (
     "contact_sheet.png",
     "results.json",
     "report.html",
+    MANIFEST,
 )
-# settings that do not change what is written: a run may be continued with other values of these
-FREE = ("out", "preset")
+LOCK = ".lock"
+# settings a run may be continued with other values of: they change nothing, or what they lead to is compared
+FREE = ("out", "preset", "backend", "device", "model", "classes")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -81,50 +82,86 @@ def encode_png(image: Tensor) -> bytes:
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the kernel drops the lock however the process ends."""
+    """Hold the run folder for this process; the kernel drops the lock however the process ends.
+
+    Raises InputError for a folder with files of something else, and leaves it as it was.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder")
+    if not is_free(out):
+        raise InputError(f"{out} holds files of something else; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with open(out / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"another process is writing to {out}; wait for it or give another --out"
             ) from error
         yield
 
 
-def claim(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` the folder of the run that `record` describes: continue an equal run there, or start.
+def is_free(out: Path) -> bool:
+    """Whether a run may use `out`: nothing of a run's names lies there, or a run of ours does."""
+    if not (out / RUN_CONFIG).is_file():
+        return not any((out / name).exists() for name in CONTENTS)
+    stored = read_json(out / RUN_CONFIG)
+    if stored is None:
+        return (out / LOCK).is_file() and (out / MANIFEST).is_file()
+    return is_record(stored)
 
-    Raises InputError for a run of another configuration (unless `overwrite`) and for files of something else.
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, or None if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_record(value: Any) -> bool:
+    """Whether a JSON value is what `claim` writes: other programs call their files config.json too."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("config"), dict)
+        and {"model_sha256", "class_labels"} <= value.keys()
+    )
+
+
+def claim(out: Path, record: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Make `out`, which is locked, the folder of the run that `record` describes: continue there, or start.
+
+    Returns the record in the folder: that of the start. InputError for a run of another configuration,
+    unless `overwrite`, which removes it.
     """
     path = out / RUN_CONFIG
     record = json.loads(json.dumps(record))
-    if path.is_file() and overwrite:
-        clear(out)
-    elif path.is_file():
-        difference = config_difference(path, record)
+    if path.is_file() and not overwrite:
+        stored = read_json(path)
+        difference = config_difference(stored, record)
         if difference:
             raise InputError(
                 f"{out} holds a run of another configuration ({difference}); "
                 "give another --out, or --overwrite"
             )
-        return
-    if any((out / name).exists() for name in CONTENTS):
-        raise InputError(f"{out} holds files of something else; give another --out")
+        return stored
+    if path.is_file():
+        clear(out)
     write_json(path, record)
+    return record
 
 
-def config_difference(path: Path, record: dict[str, Any]) -> str:
-    """The first difference that matters between the configuration at `path` and `record`; empty if none."""
-    try:
-        stored = json.loads(path.read_text())
-        pairs = {name: (stored["config"].get(name), value) for name, value in record["config"].items()}
-        pairs |= {name: (stored[name], record[name]) for name in ("model_sha256", "classes", "class_labels")}
-    except (ValueError, KeyError, TypeError):
-        return f"{path.name} cannot be read"
-    different = ((name, old, new) for name, (old, new) in pairs.items() if old != new)
-    return next((f"{name} {old} there, {new} here" for name, old, new in different if name not in FREE), "")
+def config_difference(stored: Any, record: dict[str, Any]) -> str:
+    """The first difference that matters between a stored JSON value and `record`; empty if none."""
+    if not is_record(stored):
+        return f"{RUN_CONFIG} cannot be read"
+    names = [name for name in record["config"] if name not in FREE]
+    pairs = {name: (stored["config"].get(name), record["config"][name]) for name in names}
+    pairs |= {name: (stored.get(name), record[name]) for name in ("model_sha256", "classes", "class_labels")}
+    old_device, device = (str(side.get("device")).partition(" ")[0] for side in (stored, record))
+    pairs["device"] = old_device, device  # of `cuda (its name)` the type alone
+    different = (f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new)
+    return next(different, "")
 
 
 def clear(out: Path) -> None:
@@ -134,7 +171,7 @@ def clear(out: Path) -> None:
     """
     for name in (*CONTENTS, RUN_CONFIG):
         path = out / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -148,10 +185,11 @@ class Manifest:
         self.path = out / MANIFEST
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
         if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a kill
-                    row = json.loads(line)
-                    self.rows[row["class"], row["index"]] = row
+            for line in self.path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill, or no row
+                    row = json.loads(line.decode())
+                    if isinstance(row["sha256"], str):
+                        self.rows[row["class"], row["index"]] = row
 
     def holds(self, keys: list[tuple[str, int]]) -> bool:
         """Whether every (class, index) has a row and its image file is the one written then."""

@@ -27,7 +27,7 @@ from acs_fast.config import DistillConfig, EvaluateConfig, resolve
 from acs_fast.curriculum import distill
 from acs_fast.data import DIGITS, load_images
 from acs_fast.environment import describe
-from acs_fast.evaluation import train_and_test
+from acs_fast.protocol import train_and_test
 
 RESULTS = Path(__file__).parent / "results"
 RANDOM = "random real"

@@ -32,10 +32,12 @@ from tests.runs import contents, refused
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--model", "absent.safetensors"], "there is no checkpoint absent.safetensors"),
         (["--discriminator", "vgg"], "there is no network 'vgg'"),
-        (["--discriminator", "convnet-4"], "convnet-4 needs images of 16 px"),
+        (["--discriminator", "convnet-4"], "acs-fast: convnet-4 "),
         (["--classes", "absent.txt"], "class list absent.txt cannot be read"),
         (["--config", "absent.json"], "configuration absent.json cannot be read"),
         (["--real", "absent", "--objective", "learnability"], "there is no image folder absent"),
+        (["--baselines", "plain"], "--baselines are evaluated, so they need --evaluate"),
+        (["--evaluate", "--baselines", "best"], "there is no baseline 'best'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -43,6 +45,7 @@ def test_distill_refuses(flags: list[str], message: str, tmp_path: Path, capsys,
     monkeypatch.chdir(tmp_path)
     short = ["--num-sampling-steps", "2", "--discriminator-steps", "1", "--ipc", "2", "--num-curricula", "2"]
     assert message in refused(["distill", *short, *flags], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -139,7 +142,9 @@ def test_train_refuses(tmp_path: Path, capsys) -> None:
         ('{"ipc": true}', "json", "ipc is True, it must be int"),
         ('{"sampler": "euler"}', "json", "sampler is 'euler', it must be one of ddpm, ddim"),
         ('{"guidance_window": [0.1]}', "json", "guidance_window is"),
+        ('{"preset": ["digits"]}', "json", "preset is ['digits'], it must be str"),
         ("[1, 2]", "json", "holds no settings"),
+        ('{"config": [1]}', "json", "holds no settings"),
         ("{", "json", "cannot be read"),
         ("ipc: [", "yaml", "is not valid YAML"),
         ("", "yaml", "holds no settings"),
@@ -155,9 +160,49 @@ def test_file_preset_and_flags_overrule_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("ipc: 20\nguidance_scale: 1\nguidance_window: [0, 1]\n")
     config = resolve(DistillConfig, {"ipc": 30}, str(tmp_path / "a.yaml"))
     assert (config.ipc, config.guidance_scale, config.guidance_window) == (30, 1.0, (0.0, 1.0))
-    assert config.clip_denoised  # the preset's
-    assert resolve(EvaluateConfig, {}).protocol == "hard-sgd"
+    assert resolve(EvaluateConfig, {}).protocol is None
     assert resolve(EvaluateConfig, {"preset": "digits"}).protocol == "hard-adamw"
     assert resolve(TrainConfig, {"iterations": 3}).iterations == 3
     with pytest.raises(InputError, match="repeats"):
         resolve(EvaluateConfig, {"repeats": 0})
+
+
+@pytest.mark.parametrize("cls", [DistillConfig, TrainConfig])
+def test_a_configuration_in_python_is_the_bare_command(cls: type) -> None:
+    assert resolve(cls, {}) == cls()
+    assert resolve(cls, {"preset": "digits", "seed": 5}) == cls(seed=5)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (DistillConfig, {"objective": "adverserial"}, "one of adversarial, nonsaturating, learnability"),
+        (DistillConfig, {"preset": "nope"}, "there is no preset 'nope'; use digits"),
+        (DistillConfig, {"omega": float("nan")}, "--omega is nan, it must be finite"),
+        (DistillConfig, {"discriminator_steps": 0}, "--discriminator-steps is 0, it must be at least 1"),
+        (
+            EvaluateConfig,
+            {"protocol": "soft"},
+            "--protocol is 'soft', it must be one of hard-sgd, hard-adamw",
+        ),
+        (EvaluateConfig, {"seed": -1}, "--seed is -1, it must be 0 to 2"),
+        (EvaluateConfig, {"epochs": 0}, "--epochs is 0, it must be at least 1"),
+        (TrainConfig, {"device": "gpu"}, "--device is 'gpu', it must be one of auto, cpu, cuda"),
+        (TrainConfig, {"batch_size": 0}, "--batch-size is 0"),
+        (TrainConfig, {"patch_size": 0}, "--patch-size is 0"),
+        (TrainConfig, {"num_heads": 0}, "--num-heads is 0"),
+        (TrainConfig, {"depth": 0}, "--depth is 0"),
+        (TrainConfig, {"hidden_size": 0}, "--hidden-size is 0"),
+        (TrainConfig, {"iterations": 0}, "--iterations is 0"),
+        (TrainConfig, {"lr": 0.0}, "--lr is 0.0, it must be positive"),
+        (TrainConfig, {"lr": float("inf")}, "--lr is inf, it must be finite"),
+        (TrainConfig, {"weight_decay": -0.1}, "--weight-decay is -0.1"),
+        (TrainConfig, {"class_dropout_prob": 1.0}, "--class-dropout-prob is 1.0"),
+        (TrainConfig, {"ema_decay": 1.0}, "--ema-decay is 1.0"),
+        (TrainConfig, {"seed": 2**63}, "it must be 0 to 2"),
+    ],
+    ids=str,
+)
+def test_configurations_in_python_are_checked(cls: type, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cls(**settings)

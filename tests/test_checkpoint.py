@@ -14,6 +14,7 @@ from acs_fast.data import ASSETS
 from acs_fast.models.dit import (
     DiTConfig,
     _infer_official_config,
+    checkpoint_bytes,
     load_checkpoint,
     official_config,
     save_checkpoint,
@@ -57,6 +58,11 @@ def test_half_precision_checkpoint_loads_as_fp32(tmp_path):
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * 4 * sum(
         p.numel() for p in model.parameters()
     )
+
+
+def test_the_same_weights_are_the_same_bytes():
+    model = randomised(SMALL)
+    assert len({checkpoint_bytes(model) for _ in range(20)}) == 1
 
 
 def test_bundled_checkpoint_loads():
@@ -184,6 +190,9 @@ FOREIGN_PT = {
     "linear-patches": lambda state: {**state, "x_embedder.proj.weight": torch.zeros(384, 256)},
     "no-blocks": lambda state: {k: v for k, v in state.items() if not k.startswith("blocks.")},
     "ema-is-a-tensor": lambda state: {"ema": torch.zeros(3)},
+    "number-beside-tensors": lambda state: {**state, "blocks.0.attn.qkv.bias": 3},
+    "list-beside-tensors": lambda state: {**state, "extra": [1, 2]},
+    "name-is-a-number": lambda state: {**state, 5: torch.zeros(1)},
     "ema-is-none": lambda state: {**state, "ema": None},
 }
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import acs_fast
+from acs_fast import cli
 from acs_fast.cli import main
-from acs_fast.config import DistillConfig
+from acs_fast.config import PRESETS, DistillConfig, TrainConfig
 
 
 def fastest(code: str, runs: int = 5) -> float:
@@ -53,6 +54,41 @@ def test_an_unknown_flag_is_refused_with_code_2(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         main(["distill", "--icp", "3"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize("argv", [["--vers"], ["distill", "--num-curr", "1"], ["train", "--iter", "1"]])
+def test_shortened_flags_are_refused(argv: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+
+
+def test_help_shows_the_defaults_in_effect(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(PRESETS[DistillConfig], "digits", {"cfg_scale": 7.25})
+    text = {}
+    for command in ("distill", "evaluate", "train"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text[command] = " ".join(capsys.readouterr().out.split())
+    assert "(default 7.25, " in text["distill"] and "(default 0.1 0.7)" in text["distill"]
+    assert "(hard-adamw with preset digits)" in text["evaluate"]
+    assert f"(default {TrainConfig().out})" in text["train"]
+    assert "default ()" not in text["evaluate"]
+
+
+@pytest.mark.parametrize("command", ["distill", "evaluate", "train"])
+def test_only_distill_speaks_of_continuing(command: str, capsys, monkeypatch) -> None:
+    argv = ["evaluate", "runs/absent"] if command == "evaluate" else [command]
+    for error, code in ((OSError(28, "No space left on device", "a/file"), 2), (KeyboardInterrupt(), 130)):
+
+        def fail(*args: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, f"run_{command}", fail)
+        assert main(argv) == code
+        text = capsys.readouterr().err
+        assert ("run the same command again to continue" in text) == (command == "distill")
+        assert text.count("\n") == 1 and ("a/file: No space left" in text or "interrupted" in text)
 
 
 def test_env_says_what_is_missing_and_why(capsys) -> None:

@@ -12,6 +12,7 @@ from acs_fast.data import (
     DIGITS,
     ImageSet,
     check_classes,
+    has_splits,
     load_images,
     read_class_list,
     read_image,
@@ -132,14 +133,30 @@ def test_folder_without_splits(folder):
     assert flat.classes == split.classes and torch.equal(flat.images, split.images)
 
 
+def test_a_distilled_set_is_read_as_it_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("train", "val")):  # class folders
+        write(tmp_path / DIGITS / name / "0.png", pixels(seed=seed))
+    data = load_images(DIGITS, None)  # the folder of that name, not the bundled images
+    assert data.classes == ("train", "val") and data.labels.tolist() == [0, 1]
+    assert np.array_equal(as_array(data, 0), pixels(seed=0))
+
+
+def test_splits_are_found(folder):
+    assert has_splits(DIGITS) and has_splits(str(folder))
+    assert not has_splits(str(folder / "train")) and not has_splits(str(folder / "nowhere"))
+
+
 def test_class_list_gives_the_label_order(folder):
-    (folder / "list.txt").write_text("wren a bird\n\n  ant\n")
+    (folder / "list.txt").write_text("wren\n\n  ant\n")
     names = read_class_list(folder / "list.txt")
     assert names == ("wren", "ant")
     train = load_images(str(folder), "train", names)
     assert train.classes == names and train.labels.tolist() == [0, 0, 0, 1, 1]
     assert np.array_equal(as_array(train, 0), pixels(seed=2))
     assert len(load_images(str(folder), "train", ("wren",))) == 3
+    (folder / "list.txt").write_text("house wren \n")
+    assert read_class_list(folder / "list.txt") == ("house wren",)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "binary"])
@@ -171,6 +188,19 @@ def test_bad_class_name_in_a_list_is_refused(tmp_path, name):
 @pytest.mark.parametrize("names", [("n02096294", "Übermaß"), ("a b", "c.d", "..."), ("0",), ()], ids=str)
 def test_plain_class_names_pass(names):
     assert check_classes(names) == names
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"])
+def test_empty_class_list_is_refused(tmp_path, text):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(InputError, match=r"class list .*list\.txt is empty"):
+        read_class_list(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("name", [3, None, ["ant"]])
+def test_class_name_that_is_no_text_is_refused(name):
+    with pytest.raises(InputError, match="is not text"):
+        check_classes(("ant", name))
 
 
 def test_doubled_class_is_named(tmp_path):

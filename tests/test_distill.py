@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from acs_fast import InputError, distill
+from acs_fast import DistillConfig, InputError, curriculum, distill
+from acs_fast.config import resolve
 from acs_fast.curriculum import Item, curriculum_batches, curriculum_ranges
+from acs_fast.data import load_images
+from acs_fast.models.dit import DiT, DiTConfig
 from tests.runs import contents
 
 
@@ -181,7 +184,91 @@ def test_a_foreign_folder_is_refused(tiny, tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(InputError, match="something else"):
             distill(tiny(), overwrite=overwrite)
-    assert (tmp_path / "run" / "images" / "holiday.png").read_text() == "x"
+    assert list(contents(tmp_path / "run").values()) == [b"x"] and not (tmp_path / "run" / ".lock").exists()
+
+
+OURS = '{"config": {}, "model_sha256": [], "class_labels": 3}'
+FOREIGN = [
+    "{",
+    '{"model_type": "vit"}',
+    "[]",
+    "null",
+    "3",
+    '"x"',
+    "[" * 100_000,
+    '{"config": {}}',
+    '{"config": 1}',
+]
+FOREIGN += ['{"config": [], "model_sha256": "", "class_labels": []}']
+
+
+@pytest.mark.parametrize("text", FOREIGN, ids=lambda text: text[:30])
+def test_a_config_json_of_another_program_is_refused_also_with_overwrite(tiny, tmp_path: Path, text) -> None:
+    (tmp_path / "run" / "images").mkdir(parents=True)
+    (tmp_path / "run" / "images" / "holiday.png").write_text("x")
+    (tmp_path / "run" / "config.json").write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="holds files of something else"):
+            distill(tiny(), overwrite=overwrite)
+    assert list(contents(tmp_path / "run").values()) == [text.encode(), b"x"]
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("text", ["{", OURS], ids=["damaged", "strange"])
+def test_a_damaged_run_can_be_overwritten(tiny, text: str) -> None:
+    out = distill(tiny())
+    whole = contents(out)
+    (out / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"another configuration .* --overwrite"):
+        distill(tiny())
+    assert contents(out) == {**whole, "config.json": text.encode()}
+    assert contents(distill(tiny(), overwrite=True)) == whole
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tiny, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="run is a file; give a folder"):
+        distill(tiny(), overwrite=True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_real_images_are_loaded_once_and_before_anything_is_written(
+    tiny, tmp_path: Path, monkeypatch
+) -> None:
+    sources = []
+
+    def load(source, *args):
+        sources.append(source)
+        return load_images(source, *args)
+
+    monkeypatch.setattr(curriculum, "load_images", load)
+    settings = {"objective": "learnability", "num_curricula": 4}
+    with pytest.raises(InputError, match="absent"):
+        distill(tiny(**settings, real=str(tmp_path / "absent")))
+    assert not (tmp_path / "run").exists()
+    distill(tiny(**settings))
+    distill(tiny(**settings))  # a finished run needs none
+    distill(tiny(**settings, guidance_scale=0.0), overwrite=True)
+    assert sources == [str(tmp_path / "absent"), "digits"]
+
+
+def test_clipping_is_for_pixel_models_unless_it_is_given(tiny, tmp_path: Path) -> None:
+    for given, used in ((None, True), (False, False), (True, True)):
+        run = curriculum.Run(tiny(clip_denoised=given))
+        assert run.config.clip_denoised is used
+    assert not curriculum.samples_pixels(DiT(DiTConfig(8, 2, 4, 16, 1, 2, 2)))
+
+
+def test_paths_are_recorded_for_use_from_another_folder(tiny, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = distill(tiny(classes="classes.txt"))
+    settings = json.loads((out / "config.json").read_text())["config"]
+    assert settings["classes"] == str(tmp_path / "classes.txt")
+    assert settings["model"] == settings["real"] == "digits"
+    whole = contents(out)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert contents(distill(resolve(DistillConfig, settings))) == whole
 
 
 def test_not_a_number_stops_with_the_image_named_and_keeps_what_is_written(tiny, monkeypatch) -> None:

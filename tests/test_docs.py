@@ -1,22 +1,31 @@
-"""What the README states is what the rows in benchmarks/results say, and it holds."""
+"""What the documents state: the README's table is that of benchmarks/results and holds, names exist."""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from acs_fast.config import PRESETS, EvaluateConfig
 from benchmarks.digits import RESULTS, table
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = [json.loads(line) for line in (RESULTS / "digits.jsonl").read_text().splitlines()]
 
 
-def mean(ipc: int, method: str, key: str) -> float:
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """The rows of the README's table."""
+    return [json.loads(line) for line in (RESULTS / "digits.jsonl").read_text().splitlines()]
+
+
+def mean(rows: list[dict[str, Any]], ipc: int, method: str, key: str) -> float:
     """The mean over the seeds, of the best setting where a method has several."""
     groups: dict[str, list[float]] = {}
-    for row in ROWS:
+    for row in rows:
         if (row["ipc"], row["method"]) == (ipc, method):
             groups.setdefault(json.dumps(row["settings"]), []).append(row[key])
     assert all(len(values) == 5 for values in groups.values())
@@ -27,25 +36,46 @@ def test_the_readme_shows_the_measured_table() -> None:
     assert table(RESULTS / "digits.jsonl") in (ROOT / "README.md").read_text()
 
 
-def test_every_row_says_where_it_comes_from() -> None:
-    for row in ROWS:
-        assert row["commit"] and row["device"] and row["versions"]["torch"] and row["epochs"] == 400
+def test_every_row_says_where_it_comes_from(rows) -> None:
+    preset = PRESETS[EvaluateConfig]["digits"]
+    for row in rows:
+        assert row["commit"] and row["device"] and row["versions"]["torch"]
+        assert {name: row[name] for name in preset} == preset
 
 
 @pytest.mark.parametrize("key", ["last", "best"])
 @pytest.mark.parametrize("ipc", [5, 10])
-def test_acs_beats_the_best_plain_sampling_by_two_points(ipc: int, key: str) -> None:
-    assert mean(ipc, "ACS", key) >= mean(ipc, "plain", key) + 2.0
+def test_acs_beats_the_best_plain_sampling_by_two_points(rows, ipc: int, key: str) -> None:
+    assert mean(rows, ipc, "ACS", key) >= mean(rows, ipc, "plain", key) + 2.0
 
 
 @pytest.mark.parametrize("key", ["last", "best"])
-def test_acs_against_random_real_images(key: str) -> None:
-    assert mean(5, "ACS", key) >= mean(5, "random real", key) + 2.0
-    assert mean(10, "ACS", key) >= mean(10, "random real", key)
+def test_acs_against_random_real_images(rows, key: str) -> None:
+    assert mean(rows, 5, "ACS", key) >= mean(rows, 5, "random real", key) + 2.0
+    assert mean(rows, 10, "ACS", key) >= mean(rows, 10, "random real", key)
 
 
 @pytest.mark.parametrize("key", ["last", "best"])
-def test_learnability_is_the_best_objective(key: str) -> None:
-    best = mean(10, "ACS, learnability", key)
-    assert best >= mean(10, "plain", key) + 3.0
-    assert best >= mean(10, "random real", key) + 1.0
+def test_learnability_is_the_best_objective(rows, key: str) -> None:
+    best = mean(rows, 10, "ACS, learnability", key)
+    assert best >= mean(rows, 10, "plain", key) + 3.0
+    assert best >= mean(rows, 10, "random real", key) + 1.0
+
+
+def test_a_source_distribution_holds_what_the_tests_read() -> None:
+    manifest = ROOT / "MANIFEST.in"
+    words = [line.split() for line in manifest.read_text().splitlines() if not line.startswith("#")]
+    named = {name for command, *names in words if command in ("graft", "include") for name in names}
+    assert {"benchmarks", "docs", "kernels", "tests", "README.md", "CONTRIBUTING.md", "MANIFEST.in"} <= named
+
+
+def test_contributing_names_what_there_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = re.search(r"Names as in the code: (.*?)\. A flag", text, re.S)
+    code = "\n".join(path.read_text() for path in (ROOT / "acs_fast").rglob("*.py"))
+    assert names is not None
+    for name in re.findall(r"`([^`]+)`", names[1]):
+        assert re.search(rf"\b{name}\b", code), name
+    for path in re.findall(r"`((?:acs_fast|kernels)/[^`]+|models/)`", text):
+        assert any((folder / path).exists() for folder in (ROOT, ROOT / "acs_fast")), path
+    assert "engine" not in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from acs_fast import EvaluateConfig, InputError, distill, evaluate, evaluation
 from acs_fast.cli import main
 from acs_fast.data import load_images
-from acs_fast.evaluation import make_optimizer, protocol_epochs, train_and_test
+from acs_fast.evaluation import choose_protocol, format_table, read_run
+from acs_fast.protocol import Accuracy, make_optimizer, protocol_epochs, train_and_test
+from acs_fast.writer import lock
 from tests.runs import contents
 
 
@@ -89,7 +93,8 @@ def test_run_folder_with_baselines(tiny, capsys, tmp_path: Path) -> None:
     for text in (
         "protocol hard-adamw",
         "convnet-3",
-        "2 epochs",
+        "2 of the protocol's 2000 epochs",
+        "images of 8 px; the protocol resizes to 224",
         "distilled",
         "random real",
         "plain",
@@ -142,3 +147,193 @@ def test_real_folder_is_tested_on_its_val_images(tiny, tmp_path: Path) -> None:
     assert results["test_images"] == 4
     with pytest.raises(InputError, match="missing or holds no images"):
         evaluate(EvaluateConfig(path=str(out / "images"), real=str(real / "val" / "3")))
+
+
+@pytest.fixture
+def untrained(monkeypatch) -> list[tuple[str, int]]:
+    """No classifier is trained and no plain set is sampled: what would have been, as (protocol, epochs)."""
+    calls: list[tuple[str, int]] = []
+
+    def train_nothing(train, test, network, protocol, epochs, *rest):
+        calls.append((protocol, epochs))
+        return Accuracy(50.0, 40.0)
+
+    monkeypatch.setattr(evaluation, "train_and_test", train_nothing)
+    return calls
+
+
+def real_folder(out: Path, folder: Path) -> Path:
+    """A flat folder <class>/* of real images: those of a run serve."""
+    for path in (out / "images").glob("*/*.png"):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("hard-adamw", 400)),
+        ({"protocol": "hard-sgd"}, ("hard-sgd", 2000)),
+        ({"protocol": "hard-adamw"}, ("hard-adamw", 2000)),
+        ({"epochs": 7}, ("hard-adamw", 7)),
+        ({"protocol": "hard-sgd", "epochs": 7}, ("hard-sgd", 7)),
+    ],
+    ids=str,
+)
+def test_a_run_on_the_digits_has_their_protocol_unless_one_is_named(tiny, untrained, given, expected) -> None:
+    results = evaluate(EvaluateConfig(path=str(distill(tiny())), repeats=1, **given))
+    assert untrained == [expected] and (results["protocol"], results["epochs"]) == expected
+    assert results["protocol_epochs"] == 2000
+
+
+def test_the_command_names_a_protocol_and_gets_its_epochs(tiny, untrained, capsys) -> None:
+    out = str(distill(tiny()))
+    assert main(["evaluate", out, "--repeats", "1"]) == 0
+    assert "hard-adamw: convnet-3, 400 of the protocol's 2000 epochs" in capsys.readouterr().out
+    assert main(["evaluate", out, "--repeats", "1", "--protocol", "hard-sgd"]) == 0
+    assert "hard-sgd: convnet-3, 2000 epochs" in capsys.readouterr().out
+    assert untrained == [("hard-adamw", 400), ("hard-sgd", 2000)]
+
+
+def test_other_sets_have_hard_sgd() -> None:
+    assert choose_protocol(EvaluateConfig(), None, 10, 10) == ("hard-sgd", 2000)
+
+
+def test_results_say_how_they_were_made(tiny, untrained) -> None:
+    out = distill(tiny())
+    results = evaluate(EvaluateConfig(path=str(out), repeats=2, seed=5, baselines=("random",)))
+    expected = {"seed": 5, "repeats": 2, "image_size": 8, "mirror": False, "baselines": ["random"]}
+    assert {name: results[name] for name in expected} == expected
+    assert json.loads((out / "results.json").read_text()) == results
+    assert "the protocol resizes" not in format_table({**results, "image_size": 224})
+
+
+def lose_the_model(out: Path) -> None:
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**record, "model_sha256": "0" * 64}))
+
+
+def change_the_classes(out: Path) -> None:
+    Path(json.loads((out / "config.json").read_text())["config"]["classes"]).write_text("8\n3\n")
+
+
+REFUSED = {
+    "network": ({"network": "resnet-18"}, lambda out: None, "resnet-18 needs images of 16 px"),
+    "network-name": ({"network": "vgg"}, lambda out: None, "there is no network 'vgg'"),
+    "ipc": ({"ipc": 5}, lambda out: None, "--ipc 5"),
+    "real": ({"real": "nowhere"}, lambda out: None, "there is no image folder nowhere"),
+    "model": ({}, lose_the_model, "is not the model of the run any more"),
+    "classes": ({}, change_the_classes, "lists other classes than the run has"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_can_be_refused_is_refused_before_any_work(tiny, untrained, monkeypatch, kind) -> None:
+    settings, damage, message = REFUSED[kind]
+    out = distill(tiny())
+    damage(out)
+    monkeypatch.setattr(evaluation, "sample_plain", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(InputError, match=message):
+        evaluate(EvaluateConfig(path=str(out), baselines=("plain",), **settings))
+    assert not untrained
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_plain_is_sampled_on_the_device_of_the_evaluation(tiny, untrained) -> None:
+    out = distill(tiny())
+    record = json.loads((out / "config.json").read_text())
+    record["config"]["device"] = "cuda"  # the run was made on another machine
+    (out / "config.json").write_text(json.dumps(record))
+    settings = {"path": str(out), "repeats": 1, "baselines": ("plain",), "device": "cpu"}
+    evaluate(EvaluateConfig(**settings))
+    plain = out / "baselines" / "plain" / "config.json"
+    stored = json.loads(plain.read_text())
+    assert stored["config"]["device"] == "cpu"
+    plain.write_text(json.dumps({**stored, "device": "cuda (another)"}))  # is sampled anew
+    evaluate(EvaluateConfig(**settings))
+    assert json.loads(plain.read_text())["device"].startswith("cpu")
+
+
+def test_a_flat_real_folder_is_no_source_of_random_images(tiny, untrained, tmp_path: Path) -> None:
+    out = distill(tiny())
+    settings = {"path": str(out), "real": str(real_folder(out, tmp_path / "real")), "repeats": 1}
+    with pytest.raises(InputError, match="has no train/ and val/"):
+        evaluate(EvaluateConfig(baselines=("random",), **settings))
+    assert not untrained
+    assert evaluate(EvaluateConfig(**settings))["test_images"] == 8
+
+
+@pytest.mark.parametrize("name", ["images/8/2.png", "contact_sheet.png"])
+def test_a_run_without_one_of_its_files_is_unfinished(tiny, name) -> None:
+    out = distill(tiny())
+    (out / "images" / "3" / "4.png").write_bytes((out / "images" / "3" / "0.png").read_bytes())
+    (out / name).unlink()
+    with pytest.raises(InputError, match="is unfinished"):
+        read_run(out)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, "text", [], [1], {}, {"a": 1}, True, [None], {"preset": []}], ids=str
+)
+@pytest.mark.parametrize("key", [None, "config", "classes", "model_sha256"], ids=str)
+def test_any_json_for_a_configuration_is_read_or_refused(tiny, key, value) -> None:
+    out = distill(tiny())
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(value if key is None else {**record, key: value}))
+    if (key, value) == ("model_sha256", "text"):
+        assert read_run(out).model_sha256 == "text"
+        return
+    # {} for the settings are the defaults: ten images a class, which are not there
+    with pytest.raises(
+        InputError, match="is unfinished" if (key, value) == ("config", {}) else "cannot be read"
+    ):
+        read_run(out)
+
+
+def test_results_outlive_a_report_that_cannot_be_drawn(tiny, untrained, capsys) -> None:
+    out = distill(tiny())
+    (out / "report.html").write_text("of earlier results")
+    (out / "manifest.jsonl").unlink()
+    results = evaluate(EvaluateConfig(path=str(out), repeats=1))
+    assert json.loads((out / "results.json").read_text()) == results
+    assert "no report.html could be drawn" in capsys.readouterr().err
+    assert not (out / "report.html").exists()
+
+
+def test_results_are_written_with_the_run_locked(tiny, untrained, monkeypatch) -> None:
+    out = distill(tiny())
+    held = lock(out)
+    held.__enter__()
+    with pytest.raises(InputError, match="another process is writing"):
+        evaluate(EvaluateConfig(path=str(out), repeats=1))
+    assert not untrained
+    held.__exit__(None, None, None)
+
+    def train_while_another_takes_the_lock(*args):
+        other = lock(out)
+        other.__enter__()
+        threading.Timer(0.3, other.__exit__, (None, None, None)).start()
+        return Accuracy(50.0, 40.0)
+
+    def write_while_no_other_can(path, value):
+        waited.append(time.monotonic() - started)
+        with pytest.raises(InputError, match="another process is writing"), lock(out):
+            pass
+        real(path, value)
+
+    waited: list[float] = []
+    real, started = evaluation.write_json, time.monotonic()
+    monkeypatch.setattr(evaluation, "train_and_test", train_while_another_takes_the_lock)
+    monkeypatch.setattr(evaluation, "write_json", write_while_no_other_can)
+    evaluate(EvaluateConfig(path=str(out), repeats=1))
+    assert waited[0] > 0.3 and (out / "results.json").exists()
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(0.0, False), (0.3, True)])
+def test_the_report_shows_curves_of_a_guided_run_only(tiny, untrained, scale, shown) -> None:
+    out = distill(tiny(guidance_scale=scale))
+    evaluate(EvaluateConfig(path=str(out), repeats=1))
+    page = (out / "report.html").read_text()
+    assert ("discriminator loss and accuracy" in page) == shown
+    assert page.count("data:image/png;base64,") == 1 + shown and "400 of the protocol" in page

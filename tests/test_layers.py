@@ -15,7 +15,7 @@ ORDER = [
     ["cli"],
     ["evaluation"],
     ["curriculum"],
-    ["training", "sampler", "report"],
+    ["training", "sampler", "report", "protocol"],
     ["discriminator", "guidance"],
     ["writer", "environment"],
     ["augment", "diffusion"],

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from acs_fast import distill, writer
+from acs_fast import InputError, distill, writer
+from acs_fast.data import ASSETS
 from tests.runs import contents, refused
 
 
@@ -156,3 +158,91 @@ def test_no_space_left_names_the_file(tiny, tmp_path: Path, monkeypatch, capsys)
 
     monkeypatch.setattr(writer.os, "fsync", full)
     assert "config.json: No space left on device" in refused(["distill", "--config", str(settings)], capsys)
+
+
+def lose_the_last(out: Path) -> None:
+    """Remove the third curriculum's samples, so that a run has something to continue with."""
+    for path in (out / "samples").glob("3-*"):
+        path.unlink()
+
+
+def test_a_lost_warm_discriminator_is_trained_again_from_the_samples(tiny) -> None:
+    out = distill(tiny(discriminator_init="warm"))
+    whole = contents(out)
+    lose_the_last(out)
+    shutil.rmtree(out / "discriminators")
+    assert contents(distill(tiny(discriminator_init="warm"))) == whole
+
+
+@pytest.mark.parametrize("setting", ["device", "backend", "model", "classes"])
+def test_a_run_is_continued_by_what_comes_to_the_same(tiny, tmp_path: Path, setting: str, two_digits) -> None:
+    out = distill(tiny(device="auto"))
+    whole = contents(out)
+    lose_the_last(out)
+    device = json.loads((out / "config.json").read_text())["device"].split()[0]
+    same = {"device": device, "backend": "reference"}
+    same["model"] = shutil.copy(ASSETS / "digits-dit.safetensors", tmp_path / "copy.safetensors")
+    same["classes"] = shutil.copy(two_digits, tmp_path / "copy.txt")
+    assert contents(distill(tiny(**{"device": "auto", setting: str(same[setting])}))) == whole
+
+
+def edit(out: Path, **changes: object) -> None:
+    """Change a run's record."""
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(record | changes))
+
+
+def test_a_run_of_another_device_is_refused(tiny) -> None:
+    out = distill(tiny(device="cpu"))
+    edit(out, device="cuda (NVIDIA H200)")
+    with pytest.raises(InputError, match="device cuda there, cpu here"):
+        distill(tiny(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"commit": "0123456789ab"}, {"versions": {"torch": "2.0.1"}}, {"versions": 1}], ids=str
+)
+def test_other_code_goes_on_with_a_warning(tiny, capsys, changes: dict) -> None:
+    out = distill(tiny())
+    edit(out, **changes)
+    distill(tiny())
+    assert capsys.readouterr().err == ""  # nothing was left to do
+    lose_the_last(out)
+    distill(tiny())
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: this run was started with torch ") and warning.count("\n") == 1
+    whole = contents(out)
+    distill(tiny())
+    assert contents(out) == whole and capsys.readouterr().err == ""
+
+
+def test_a_lock_that_cannot_be_had_is_not_taken_for_another_process(tiny, monkeypatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(writer.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="No locks available"):
+        distill(tiny())
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b'"row"',
+        b"{}",
+        b'{"class": [], "index": 0, "sha256": ""}',
+        b'{"class": "3"',
+        b'{"class": "3", "index": 0}',
+        b'{"class": "3", "index": 0, "sha256": null}',
+    ],
+)
+def test_junk_in_the_manifest_is_ignored(tiny, junk: bytes) -> None:
+    out = distill(tiny())
+    whole = contents(out)
+    manifest = out / "manifest.jsonl"
+    manifest.write_bytes(whole["manifest.jsonl"] + junk + b"\n")
+    distill(tiny())
+    assert contents(out) == whole

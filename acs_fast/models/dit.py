@@ -12,7 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from acs_fast.config import InputError
@@ -243,13 +243,19 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, c))
 
 
-def save_checkpoint(model: DiT, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write the weights as safetensors with the DiTConfig as JSON metadata."""
+def checkpoint_bytes(model: DiT, dtype: torch.dtype = torch.float16) -> bytes:
+    """The weights as a safetensors file with the DiTConfig as JSON metadata."""
     tensors = {
         name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()
     }
-    metadata = {"format": "acs_fast.dit", "config": json.dumps(dataclasses.asdict(model.config))}
-    save_file(tensors, path, metadata=metadata)
+    # one key alone: safetensors writes several in random order, and the same weights must be the same bytes
+    metadata = {"config": json.dumps(dataclasses.asdict(model.config))}
+    return save(tensors, metadata)
+
+
+def save_checkpoint(model: DiT, path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write `checkpoint_bytes` to a file."""
+    path.write_bytes(checkpoint_bytes(model, dtype))
 
 
 def load_checkpoint(path: Path) -> DiT:
@@ -307,6 +313,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
         ) from error
     state = state.get("ema", state) if isinstance(state, dict) else {}
     state = state if isinstance(state, dict) else {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"checkpoint {path}: {name!r} is a {type(value).__name__}, not a tensor")
     try:
         return state, _infer_official_config(state)
     except (KeyError, AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
