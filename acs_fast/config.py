@@ -73,12 +73,12 @@ class DistillConfig:
     )
     omega: float = option(1.0, "weight of the real-image classifier in the learnability objective")
     guidance_scale: float = option(
-        0.2, "length of the guidance step in trust radii; 0 samples without guidance"
+        0.15, "length of the guidance step in trust radii; 0 samples without guidance"
     )
     trust_radius: str = option("sigma", "unit of the guidance step", ("sigma", "eps"))
     guidance_window: tuple[float, float] = option((0.1, 0.7), "guide while t/T lies in this closed interval")
     jacobian: str = option("identity", "how d x0 / d x_t is taken", ("identity", "full"))
-    cfg_scale: float = option(3.0, "classifier-free guidance scale; 1 is the conditional model")
+    cfg_scale: float = option(2.0, "classifier-free guidance scale; 1 is the conditional model")
     cfg_channels: int | None = option(
         None, "guide the first so many channels (3 for the official DiT); default all"
     )

@@ -1,4 +1,4 @@
-"""The field's training protocols (PROTOCOLS.md section 1): a fresh classifier trained on a set, and tested."""
+"""The field's training protocols (PROTOCOLS.md section 1): one fresh classifier trained and tested."""
 
 from __future__ import annotations
 

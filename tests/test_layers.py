@@ -144,8 +144,8 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_importing_the_package_is_fast():
     code = (
-        "import time; started = time.perf_counter(); import acs_fast; acs_fast.DistillConfig;"
-        "print(time.perf_counter() - started)"
+        "import time; started = time.process_time(); import acs_fast; acs_fast.DistillConfig;"
+        "print(time.process_time() - started)"  # of this process alone: other work must not fail the test
     )
     assert min(float(run_python(code)) for _ in range(5)) < 0.2
 
