@@ -23,7 +23,8 @@ def build_classifier(name: str, in_channels: int, num_classes: int, size: int) -
     kind, _, depth = name.partition("-")
     if kind == "convnet" and depth.isascii() and depth.isdecimal() and int(depth) >= 1:
         if size >> int(depth) == 0:
-            raise InputError(f"{name} halves images {depth} times, these have {size} px; use a smaller depth")
+            needed = 2 ** min(int(depth), 16)
+            raise InputError(f"{name} needs images of {needed} px, these are {size}; use a smaller depth")
         return ConvNet(in_channels, num_classes, size, int(depth))
     if name not in MINIMUM_SIZE:
         raise InputError(f"there is no network {name!r}; use convnet-<depth>, resnet-18 or resnetap-10")
