@@ -36,7 +36,7 @@ PLAIN = {"guidance_scale": [0.0], "num_curricula": [1]}
 LEARNABILITY = {"objective": ["learnability"], "cfg_scale": [2.0]}
 SWEEP: dict[str, dict[str, list[Any]] | None] = {
     RANDOM: None,
-    "plain": {**PLAIN, "cfg_scale": [2.0, 3.0, 4.0]},
+    "plain": {**PLAIN, "cfg_scale": [1.0, 1.5, 2.0, 3.0, 4.0]},
     "ACS": {"cfg_scale": [2.0, 3.0], "guidance_scale": [0.15, 0.2, 0.3]},
     "ACS, learnability": {**LEARNABILITY, "guidance_scale": [0.2, 0.3]},
 }
