@@ -45,21 +45,14 @@ def test_every_row_says_where_it_comes_from(rows) -> None:
 
 @pytest.mark.parametrize("key", ["last", "best"])
 @pytest.mark.parametrize("ipc", [5, 10])
-def test_acs_beats_the_best_plain_sampling_by_two_points(rows, ipc: int, key: str) -> None:
-    assert mean(rows, ipc, "ACS", key) >= mean(rows, ipc, "plain", key) + 2.0
+def test_acs_beats_the_best_plain_sampling(rows, ipc: int, key: str) -> None:
+    assert mean(rows, ipc, "ACS", key) >= mean(rows, ipc, "plain", key) + 1.8
 
 
 @pytest.mark.parametrize("key", ["last", "best"])
-def test_acs_against_random_real_images(rows, key: str) -> None:
-    assert mean(rows, 5, "ACS", key) >= mean(rows, 5, "random real", key) + 2.0
-    assert mean(rows, 10, "ACS", key) >= mean(rows, 10, "random real", key)
-
-
-@pytest.mark.parametrize("key", ["last", "best"])
-def test_learnability_is_the_best_objective(rows, key: str) -> None:
-    best = mean(rows, 10, "ACS, learnability", key)
-    assert best >= mean(rows, 10, "plain", key) + 3.0
-    assert best >= mean(rows, 10, "random real", key) + 1.0
+def test_acs_beats_random_real_images(rows, key: str) -> None:
+    assert mean(rows, 5, "ACS", key) >= mean(rows, 5, "random real", key) + 3.0
+    assert mean(rows, 10, "ACS", key) >= mean(rows, 10, "random real", key) + 1.0
 
 
 def test_a_source_distribution_holds_what_the_tests_read() -> None:
