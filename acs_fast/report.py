@@ -132,12 +132,12 @@ def discriminator_curves(manifest: Path) -> bytes | None:
     of = {number: [row for row in rows if row["curriculum"] == number] for number in guided}
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot(guided, [statistics.fmean(r["discriminator_loss"] for r in of[i]) for i in guided], "o-")
-    loss.set(xlabel="curriculum", ylabel="cross-entropy", xticks=guided, ylim=(0, None))
-    accuracy.plot(
-        guided, [100 * statistics.fmean(r["discriminator_correct"] for r in of[i]) for i in guided], "o-"
-    )
-    accuracy.set(xlabel="curriculum", ylabel="accuracy, %", xticks=guided, ylim=(0, 101))
+    losses = [statistics.fmean(row["discriminator_loss"] for row in of[i]) for i in guided]
+    right = [100 * statistics.fmean(row["discriminator_correct"] for row in of[i]) for i in guided]
+    loss.plot(guided, losses, "o-")
+    loss.set(xlabel="curriculum", ylabel="cross-entropy", xticks=guided, ylim=(0, 1.1 * max(losses)))
+    accuracy.plot(guided, right, "o-")
+    accuracy.set(xlabel="curriculum", ylabel="accuracy, %", xticks=guided, ylim=(0, 105))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -6,6 +6,7 @@ import dataclasses
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,12 @@ def test_public_names_are_the_same_objects_after_their_rooms_are_imported() -> N
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     with pytest.raises(AttributeError):
         _ = acs_fast.nothing
+
+
+def test_the_digits_take_under_a_minute_and_two_gigabytes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "acs_fast.cli", "distill", "--out", str(tmp_path / "run")]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    assert time.perf_counter() - started < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000  # KiB, the largest child so far
+    assert len(list((tmp_path / "run" / "images").rglob("*.png"))) == 100
