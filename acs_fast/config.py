@@ -196,7 +196,7 @@ class TrainConfig:
         )
 
 
-# name -> values other than the class's defaults; measured in benchmarks/results (see benchmarks/README.md)
+# name -> values other than the class's defaults; benchmarks/README.md says how they were chosen
 # The digits are the class defaults, so that DistillConfig() in Python is `acs-fast distill`.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     DistillConfig: {"digits": {}},

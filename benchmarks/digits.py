@@ -1,6 +1,6 @@
 """Does ACS teach more than plain sampling? Accuracy on 500 real test digits, a JSON line a cell, resumable.
 
-python -m benchmarks.digits sweep       the sweep that chose the preset, on seeds 100 to 102
+python -m benchmarks.digits sweep       the sweep of CFG and guidance scale, on seeds 100 to 102
 python -m benchmarks.digits reported    the table of the README, on seeds 0 to 4 (about 15 minutes on 2 cores)
 python -m benchmarks.digits table FILE  means over the seeds of a file's rows, as Markdown
 """
