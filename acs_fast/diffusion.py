@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acs_fast.kernels.structures import COLUMNS, Column
+
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
 
@@ -54,6 +56,47 @@ def step_coefficients(num_sampling_steps: int) -> list[StepCoefficients]:
         StepCoefficients(t, *map(float, row))
         for t, row in zip(timesteps, np.stack(columns, axis=1), strict=True)
     ]
+
+
+def step_table(
+    num_sampling_steps: int,
+    *,
+    cfg_scale: float,
+    sampler: str,
+    eta: float,
+    learned_range: bool,
+    guidance_scale: float,
+    trust_radius: str,
+    window: tuple[float, float],
+    numel: int,
+) -> Tensor:
+    """Every respaced step's coefficients as the ops read them: fp32 [steps, COLUMNS], row 0 the image end.
+
+    DDPM and DDIM are both linear in (x0, x, noise): DDPM (7) directly, DDIM (12) after (2) replaced its eps.
+    The push of (4) is PUSH + PUSH_PER_EPS ||eps||: one of the two is zero, by the trust radius; both are outside
+    of the window. numel: elements of a sample.
+    """
+    rows = np.zeros((num_sampling_steps, COLUMNS), dtype=np.float64)
+    for row, c in zip(rows, step_coefficients(num_sampling_steps), strict=True):
+        a, a_prev = c.alpha_cumprod, c.alpha_cumprod_prev
+        row[Column.CFG_SCALE] = cfg_scale
+        row[Column.INV_SQRT_ALPHA] = 1.0 / math.sqrt(a)
+        row[Column.EPS_TO_XSTART] = math.sqrt(1.0 - a) / math.sqrt(a)
+        if sampler == "ddim":
+            deviation = eta * c.sigma
+            direction = math.sqrt(max(0.0, 1.0 - a_prev - deviation**2)) / math.sqrt(1.0 - a)
+            row[Column.FROM_XSTART] = math.sqrt(a_prev) - direction * math.sqrt(a)
+            row[Column.FROM_X], row[Column.NOISE] = direction, deviation
+        else:
+            row[Column.FROM_XSTART], row[Column.FROM_X] = c.posterior_mean_x0, c.posterior_mean_xt
+            row[Column.NOISE] = float(a_prev != 1.0) if learned_range else c.sigma
+        row[Column.MIN_LOG_VARIANCE], row[Column.MAX_LOG_VARIANCE] = c.min_log_variance, c.max_log_variance
+        if window[0] <= c.timestep / NUM_TRAIN_TIMESTEPS <= window[1]:
+            if trust_radius == "sigma":
+                row[Column.PUSH] = guidance_scale * c.sigma * math.sqrt(numel)
+            else:
+                row[Column.PUSH_PER_EPS] = guidance_scale * math.sqrt(1.0 - a)
+    return torch.from_numpy(rows).float()
 
 
 def classifier_free_guidance(
