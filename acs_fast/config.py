@@ -105,7 +105,7 @@ class DistillConfig:
     seed: int = option(0, "seed of the run: noise is keyed by (seed, class, index, step)")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
     backend: str = option(
-        "auto", "implementation of the sampling step; auto takes the fastest", ("auto", "reference")
+        "auto", "kernels: auto (the fastest here), cuda, triton, reference (plain PyTorch) or op=backend,..."
     )
 
     def __post_init__(self) -> None:

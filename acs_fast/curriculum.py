@@ -8,7 +8,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from acs_fast.data import (
     to_uint8,
 )
 from acs_fast.discriminator import Classifiers, score
+from acs_fast.engine import StepEngine
 from acs_fast.environment import describe, resolve_device
 from acs_fast.guidance import Guidance
 from acs_fast.models.dit import DiT, load_checkpoint
+from acs_fast.ops import parse_choice, select
 from acs_fast.report import contact_sheet
 from acs_fast.sampler import denoise
 from acs_fast.writer import Manifest, claim, lock, read_tensors, write_atomic, write_tensors
@@ -85,6 +87,7 @@ class Run:
     def __init__(self, config: DistillConfig, overwrite: bool = False):
         self.out, self.overwrite = Path(config.out), overwrite
         self.device = resolve_device(config.device)
+        self.ops = select(parse_choice(config.backend), self.device)
         self.checkpoint = ASSETS / "digits-dit.safetensors" if config.model == DIGITS else Path(config.model)
         self.model = load_model(self.checkpoint, config).to(self.device)
         if config.clip_denoised is None:
@@ -119,7 +122,7 @@ class Run:
             "model_sha256": hashlib.sha256(self.checkpoint.read_bytes()).hexdigest(),
             "classes": list(self.classes),
             "class_labels": self.class_labels.tolist(),
-            "ops": {"sources": {"step": "reference"}},
+            "ops": {"sources": dict(self.ops.sources)},
             **describe(self.device),
         }
         stored = claim(self.out, record, self.overwrite)
@@ -158,7 +161,7 @@ class Run:
         indices = torch.tensor([item.index for item in batch], device=self.device)
         x = torch.empty(0)
         # the discriminator knows positions in the run's list, the denoiser the labels it was trained with
-        steps = denoise(self.model, self.class_labels[positions], indices, self.config, guidance, positions)
+        steps = self._denoise(positions, indices, guidance)
         for x in steps:  # noqa: B007 (the last one is the sample)
             progress.update(len(batch) / self.config.num_sampling_steps)
         finite = torch.isfinite(x).flatten(1).all(dim=1)
@@ -185,6 +188,15 @@ class Run:
         ]
         self.manifest.append(to_uint8(x).cpu(), rows)
         self.sampled += len(batch)
+
+    def _denoise(self, positions: Tensor, indices: Tensor, guidance: Guidance | None) -> Iterator[Tensor]:
+        """The plain, eager sampler where every op is the reference's, else the engine over the ops."""
+        labels = self.class_labels[positions]
+        if set(self.ops.sources.values()) == {"reference"}:
+            return denoise(self.model, labels, indices, self.config, guidance, positions)
+        engine = StepEngine(self.model, self.config, self.ops, self.device)
+        engine.load(guidance)
+        return engine.denoise(labels, indices, positions)
 
     def _guidance(self, curriculum: int) -> Guidance:
         c = self.config

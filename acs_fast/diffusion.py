@@ -73,8 +73,8 @@ def step_table(
     """Every respaced step's coefficients as the ops read them: fp32 [steps, COLUMNS], row 0 the image end.
 
     DDPM and DDIM are both linear in (x0, x, noise): DDPM (7) directly, DDIM (12) after (2) replaced its eps.
-    The push of (4) is PUSH + PUSH_PER_EPS ||eps||: one of the two is zero, by the trust radius; both are outside
-    of the window. numel: elements of a sample.
+    The push of (4) is PUSH + PUSH_PER_EPS ||eps||: one of the two is zero, by the trust radius, and both are
+    outside of the window. numel: elements of a sample.
     """
     rows = np.zeros((num_sampling_steps, COLUMNS), dtype=np.float64)
     for row, c in zip(rows, step_coefficients(num_sampling_steps), strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from acs_fast import __version__
+from acs_fast import __version__, ops
 from acs_fast.config import InputError
 
 # package -> what it is for; missing ones are named by `acs-fast env`
@@ -95,7 +95,9 @@ def report() -> str:
             f"torch is built for CUDA {built} but finds no usable GPU" if built else "torch is a CPU build"
         )
         lines.append(f"device cuda: missing ({reason})")
-    lines.append("backend reference: available")
+    lines.append("")
+    lines.append(ops.table(resolve_device("auto")))
+    lines.append("")
     for package, purpose in OPTIONAL_PACKAGES.items():
         found = version(package)
         lines.append(f"{package}: {found or f'missing (not installed; {purpose})'}")

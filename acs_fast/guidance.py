@@ -62,7 +62,14 @@ class Guidance:
         return (adversarial if self.objective == "adversarial" else nonsaturating)(logits, class_labels)
 
     def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
-        """g / ||g|| per sample (3), (4), zero where g is: [B, C, H, W].
+        """g / ||g|| per sample (4), zero where g is: [B, C, H, W]; arguments as in `gradient`."""
+        g = self.gradient(x, pred_xstart, class_labels, clip)
+        tiny = torch.finfo(g.dtype).tiny
+        g = g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)  # the squares must not underflow
+        return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+
+    def gradient(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
+        """g of (3): [B, C, H, W].
 
         jacobian `identity`: g = dL/dz at z = x0; d x0 / d x_t is a factor 1 / sqrt(a_t) the norm removes.
         jacobian `full`: g = dL/dx_t through the denoiser; pred_xstart must be a differentiable function of x.
@@ -74,9 +81,7 @@ class Guidance:
             (g,) = torch.autograd.grad(self.value(z, class_labels).sum(), z)
         if self.jacobian == "full":
             (g,) = torch.autograd.grad(pred_xstart, x, g)
-        tiny = torch.finfo(g.dtype).tiny
-        g = g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)  # the squares must not underflow
-        return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+        return g
 
     def radius(self, eps: Tensor, c: StepCoefficients) -> Tensor:
         """s_t = scale r_t per sample (4): [B, 1, 1, 1].

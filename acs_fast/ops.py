@@ -1,4 +1,4 @@
-"""THE kernel interface: `Ops` holds one callable per op, `select` chooses them once, before anything is captured."""
+"""THE kernel interface: `Ops` holds one callable per op; `select` chooses them once, before any capture."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ OPS = tuple(f.name for f in dataclasses.fields(Ops) if f.name != "sources")
 def select(choice: str | Mapping[str, str], device: torch.device) -> Ops:
     """The ops for a device.
 
-    choice: `auto` (cuda, else triton, else reference, op by op), a backend for every op that it has (the others
-    as `auto`), or {op: backend} (the others as `auto`). Raises InputError for an unknown op or backend, and for a
-    named backend that cannot serve, with every reason.
+    choice: `auto` (op by op cuda, triton, reference; on a CPU reference), a backend for every op that it has, or
+    {op: backend}; the other ops as `auto`. Raises InputError for an unknown op or backend, and for a named
+    backend that cannot serve, with every reason.
     """
     if isinstance(choice, str):
         _check_backend(choice)
@@ -68,7 +68,9 @@ def select(choice: str | Mapping[str, str], device: torch.device) -> Ops:
     for op in OPS:
         backend = wanted.get(op, "auto")
         if backend == "auto":
-            backend = next(name for name in BACKENDS if why_not(op, name, device) is None)
+            # without a GPU Triton's interpreter may serve, which is for tests alone
+            tried = BACKENDS if device.type == "cuda" else ("reference",)
+            backend = next(name for name in tried if why_not(op, name, device) is None)
         chosen[op], sources[op] = getattr(_module(backend), op), backend
     return Ops(**chosen, sources=sources)
 

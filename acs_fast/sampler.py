@@ -36,7 +36,8 @@ def denoise(
     clip = bool(config.clip_denoised)
 
     def noise(step: int) -> Tensor:
-        return philox_normal(class_labels, indices, seed=config.seed, step=step, shape=shape)
+        key = (torch.tensor([number], device=class_labels.device) for number in (config.seed, step))
+        return philox_normal(class_labels, indices, *key, shape=shape)
 
     x = noise(diffusion.NUM_TRAIN_TIMESTEPS)
     for step, c in reversed(list(enumerate(coefficients))):

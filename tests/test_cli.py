@@ -100,7 +100,8 @@ def test_env_says_what_is_missing_and_why(capsys) -> None:
         f"acs-fast {acs_fast.__version__}",
         "torch ",
         "device cpu",
-        "backend reference",
+        "reference",
+        "discriminator_guided_step",
         "triton",
         "diffusers",
     ):

@@ -84,8 +84,8 @@ def naive_walk(model, config, guidance, label, index, target):
     times = [round(i * 999 / (steps - 1)) for i in range(steps)]
 
     def noise(step):
-        key = torch.tensor([label]), torch.tensor([index])
-        return philox_normal(*key, seed=config.seed, step=step, shape=SHAPE)[0].double()
+        key = (torch.tensor([number]) for number in (label, index, config.seed, step))
+        return philox_normal(*key, shape=SHAPE)[0].double()
 
     def denoiser(x, t, y):
         return model(x[None], torch.tensor([t]), torch.tensor([y]))[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acs_fast.config import InputError
+from acs_fast.kernels.structures import Block, Head, Network
 
 CONVNET_WIDTH = 128
 # below these sizes a GroupNorm(C, C) would see a single pixel and output a constant
@@ -63,6 +66,20 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
+
+
+def stack_convnets(networks: Sequence[ConvNet], dtype: torch.dtype) -> Network:
+    """The parameters of ConvNets of one architecture as the ops take them: stacked, in `dtype`."""
+
+    def stack(modules: Iterable[nn.Module], name: str) -> Tensor:
+        return torch.stack([getattr(module, name).detach() for module in modules]).to(dtype).contiguous()
+
+    blocks = []
+    for i in range(0, len(networks[0].features), 4):  # convolution, norm, activation, pool
+        convs, norms = [n.features[i] for n in networks], [n.features[i + 1] for n in networks]
+        blocks.append(Block(*(stack(m, key) for m in (convs, norms) for key in ("weight", "bias"))))
+    heads = [n.classifier for n in networks]
+    return Network(tuple(blocks), Head(stack(heads, "weight"), stack(heads, "bias")))
 
 
 def _init_convs(network: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Inputs for every op, plain PyTorch beside it, and the comparison rule: used by tests/ and benchmarks/ only.
 
-The rule: a kernel's error is at most twice that of plain PyTorch at the same dtype, both against the reference in
-float64, plus the rounding of the output: one unit in the last place of the largest element.
+The rule: a kernel's error is at most twice that of plain PyTorch at the same dtype, both against the
+reference in float64, plus the rounding of the output: one unit in the last place of the largest element.
 """
 
 from __future__ import annotations
@@ -189,8 +189,17 @@ def _block(m: Maker, N: int, C_in: int, C: int) -> Block:
 
 
 def make_conv_norm_act_pool(
-    m: Maker, N: int, B: int, C_in: int, C: int, H: int, W: int, G: int, activation: str = "relu", shared: bool = False
-) -> Call:  # fmt: skip
+    m: Maker,
+    N: int,
+    B: int,
+    C_in: int,
+    C: int,
+    H: int,
+    W: int,
+    G: int,
+    activation: str = "relu",
+    shared: bool = False,
+) -> Call:
     x = m.normal(B, C_in, H, W) if shared else m.normal(N, B, C_in, H, W)
     return Call((x, _block(m, N, C_in, C)), {"groups": G, "activation": activation})
 

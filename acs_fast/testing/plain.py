@@ -1,4 +1,4 @@
-"""Every op in plain eager PyTorch at the tensors' own dtype: what the kernels' errors and speeds are held against."""
+"""Every op in eager PyTorch at the tensors' own dtype: what kernels' errors and speeds are held against."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _act(u: Tensor, activation: str) -> Tensor:
 def conv_norm_act_pool(
     x: Tensor, block: Block, *, groups: int, activation: str, eps: float = 1e-5
 ) -> tuple[Tensor, Saved]:
-    n, c = block.bias.shape
+    n = len(block.bias)
     x = x.expand(n, *x.shape) if x.dim() == 4 else x
     outputs, xhats, rstds = [], [], []
     for a, weight, bias, gamma, beta in zip(x, *block, strict=True):
@@ -147,9 +147,9 @@ def classifier_head_grad(
 
 
 def discriminator_guided_step(*args: Any, groups: int, activation: str, **keywords: Any) -> Tensor:
-    *step, grad, saved, block = args
-    g = conv_norm_act_pool_backward_input(grad, saved, block, groups=groups, activation=activation)
-    return guided_step(*step, g.sum(dim=0), **keywords)
+    x, denoised, class_labels, indices, seed, step, table, grad, saved, block = args
+    g = conv_norm_act_pool_backward_input(grad, saved, block, groups=groups, activation=activation).sum(dim=0)
+    return guided_step(x, denoised, class_labels, indices, seed, step, table, g, **keywords)
 
 
 def network_logits(x: Tensor, network: Network, groups: int, activation: str, eps: float = 1e-5) -> Tensor:
@@ -190,8 +190,19 @@ def discriminator_guidance(
         logits = network_logits(z, network, groups, activation)
         loss = objective_value(logits, targets, objective, omega)
         (g,) = torch.autograd.grad(loss.sum(), z)
-    keywords = {"cfg_channels": cfg_channels, "clip": clip, "learned_range": learned_range}
-    return guided_step(x, denoised, class_labels, indices, seed, step, table, g, **keywords)
+    return guided_step(
+        x,
+        denoised,
+        class_labels,
+        indices,
+        seed,
+        step,
+        table,
+        g,
+        cfg_channels=cfg_channels,
+        clip=clip,
+        learned_range=learned_range,
+    )
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float = 1e-6) -> Tensor:

@@ -1,0 +1,54 @@
+"""What every launcher shares: checks of its arguments, block sizes, and the pinned launch options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors: enough to fill a GPU of that size
+
+
+def options(warps: int = 4, *, stages: int = 1, fusion: bool = True) -> dict[str, Any]:
+    """Launch options of `kernel[grid](...)`, all pinned.
+
+    fusion contracts multiply-adds; the default for it changes between Triton 3.9 and 3.10.
+    """
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+
+
+def check(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError, naming op and argument, for strided tensors and for other floating types."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} must be contiguous, "
+                f"it has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            )
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, it is {tensor.dtype}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError, naming op and argument, for another shape: a kernel would read beside it."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, it has {tuple(tensor.shape)}")
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def block_of(numel: int, largest: int, smallest: int = 16) -> int:
+    """The block for a range of `numel` elements: a power of 2 from `smallest` to `largest`."""
+    return max(smallest, min(next_power_of_2(numel), largest))
