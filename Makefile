@@ -5,21 +5,34 @@ TORCH := $(shell grep -E '^torch==' constraints.txt)
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench-gpu clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 demo: .venv/.installed  ## distil the bundled digits on this machine and compare with two baselines
 	$(BIN)/acs-fast distill --preset digits --evaluate --baselines random,plain
 
-test: lint  ## check style and types, then run the tests
+test: lint  ## check style and types, run the tests, compile the kernels for GPUs, break them on purpose
 	$(BIN)/pytest
+	$(BIN)/python -m benchmarks.aot_report --check
+	$(BIN)/python -m tests.mutations
 
 lint: .venv/.test-installed  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# compute-sanitizer is slow, so it gets few small shapes of each op
+bench-gpu: .venv/.test-installed  ## on a GPU: the op tests, compute-sanitizer, then every op against PyTorch
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo 'bench-gpu needs a CUDA GPU and a torch built for it: $(BIN)/pip install --force-reinstall $(TORCH)'; exit 1; }
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo 'bench-gpu needs compute-sanitizer, which is in the CUDA toolkit, on PATH'; exit 1; }
+	$(BIN)/pytest tests/test_ops.py tests/test_triton.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/pytest tests/test_ops.py -k \
+	  '(B1 or B2-C24 or B3-C3-H17) and not H64-W64 and not reference and bf16'
+	$(BIN)/python -m benchmarks.ops_bench --device cuda
 
 clean:  ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache
@@ -54,6 +67,6 @@ endif
 .venv/.test-installed: .venv/.installed
 	@echo 'Installing the test tools into .venv ...'
 	@touch .venv/.unfinished
-	@$(PIP) install -c constraints.txt -e '.[test]'
+	@$(PIP) install -c constraints.txt -e '.[test,triton]'
 	@rm .venv/.unfinished
 	@touch $@

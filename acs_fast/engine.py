@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from acs_fast import diffusion
 from acs_fast.config import DistillConfig
 from acs_fast.guidance import Guidance
+from acs_fast.kernels.compose import compose_guidance
 from acs_fast.kernels.structures import Network, Workspace, guidance_workspace
 from acs_fast.models.classifier import ConvNet, stack_convnets
 from acs_fast.models.dit import DiT
@@ -48,6 +51,7 @@ class StepEngine:
         self.guidance: Guidance | None = None
         self.network: Network | None = None
         self.workspace: Workspace | None = None
+        self.composed = False
 
     def load(self, guidance: Guidance | None) -> None:
         """Take a curriculum's guidance; None samples with classifier-free guidance alone."""
@@ -59,7 +63,9 @@ class StepEngine:
             networks.append(guidance.real_classifier)
         convnets = [network for network in networks if isinstance(network, ConvNet)]
         if len(convnets) == len(networks):
-            self.network = stack_convnets(convnets, torch.float32)
+            self.network = stack_convnets(
+                convnets, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            )
 
     def denoise(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """Walk a batch from noise to images and yield x [B, C, H, W], one buffer, after every step.
@@ -99,18 +105,27 @@ class StepEngine:
                 denoised = self.model(torch.cat((x, x)), timesteps, labels)
         tables = (self.seed, self.step, self.table)
         if guided and self.network is not None and self.guidance is not None:
-            if self.workspace is None:
-                self.workspace = guidance_workspace(x, self.network, self.network.blocks[0].bias.shape[1])
-            return self.ops.discriminator_guidance(
+            groups = self.network.blocks[0].bias.shape[1]
+            self.workspace = self.workspace or guidance_workspace(x, self.network, groups)
+            return self._guide(
                 x, denoised, class_labels, indices, targets, *tables, self.network,
-                groups=self.network.blocks[0].bias.shape[1], activation="relu",
-                objective=self.guidance.objective, omega=self.guidance.omega,
-                workspace=self.workspace, out=x, **keywords,
+                groups=groups, activation="relu", objective=self.guidance.objective,
+                omega=self.guidance.omega, workspace=self.workspace, out=x, **keywords,
             )  # fmt: skip
         gradient = None
         if guided and self.guidance is not None:
             denoised, gradient = self._autograd(x, c, timesteps, labels, targets)
         return self.ops.guided_step(x, denoised, class_labels, indices, *tables, gradient, out=x, **keywords)
+
+    def _guide(self, *tensors: Any, **keywords: Any) -> Tensor:
+        """`discriminator_guidance`; composed of single ops, said once, where its kernel refuses the shape."""
+        if not self.composed:
+            try:
+                return self.ops.discriminator_guidance(*tensors, **keywords)
+            except ValueError as refusal:
+                print(f"guidance is composed of single ops here: {refusal}", file=sys.stderr)
+                self.composed = True
+        return compose_guidance(self.ops, *tensors, **keywords)
 
     def _autograd(
         self, x: Tensor, c: diffusion.StepCoefficients, timesteps: Tensor, labels: Tensor, targets: Tensor

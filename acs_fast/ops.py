@@ -43,9 +43,9 @@ OPS = tuple(f.name for f in dataclasses.fields(Ops) if f.name != "sources")
 def select(choice: str | Mapping[str, str], device: torch.device) -> Ops:
     """The ops for a device.
 
-    choice: `auto` (op by op cuda, triton, reference; on a CPU reference), a backend for every op that it has, or
-    {op: backend}; the other ops as `auto`. Raises InputError for an unknown op or backend, and for a named
-    backend that cannot serve, with every reason.
+    choice: `auto` (op by op cuda, triton, reference; on a CPU reference), a backend for every op that it
+    has, or {op: backend}; the other ops as `auto`. Raises InputError for an unknown op or backend, and for a
+    named backend that cannot serve, with every reason.
     """
     if isinstance(choice, str):
         _check_backend(choice)

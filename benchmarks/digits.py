@@ -18,6 +18,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 
 from acs_fast.config import DistillConfig, EvaluateConfig, resolve
 from acs_fast.curriculum import distill
-from acs_fast.data import DIGITS, load_images
+from acs_fast.data import DIGITS, ImageSet, load_images
 from acs_fast.environment import describe
 from acs_fast.protocol import train_and_test
 
@@ -61,21 +62,28 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             out = distill(resolve(DistillConfig, settings))
             record = json.loads((out / "config.json").read_text())
             train = dataclasses.replace(load_images(str(out / "images"), "train"), mirror=False)
-    middle = time.perf_counter()
+    return {
+        **cell,
+        "config": {k: v for k, v in record.get("config", {}).items() if k != "out"},
+        "model_sha256": record.get("model_sha256"),
+        "seconds_distill": round(time.perf_counter() - started, 1),
+        **judge(train, seed),
+    }
+
+
+def judge(train: ImageSet, seed: int) -> dict[str, Any]:
+    """Train one ConvNet-3 by the digits' protocol and test it on the 500 test digits."""
+    started = time.perf_counter()
     protocol = resolve(EvaluateConfig, {"preset": DIGITS})
     assert protocol.epochs is not None
     test, cpu = load_images(DIGITS, "val"), torch.device("cpu")
     accuracy = train_and_test(train, test, "convnet-3", protocol.protocol, protocol.epochs, seed, cpu)
     return {
-        **cell,
         "protocol": protocol.protocol,
         "epochs": protocol.epochs,
-        "config": {k: v for k, v in record.get("config", {}).items() if k != "out"},
-        "model_sha256": record.get("model_sha256"),
         "best": accuracy.best,
         "last": accuracy.last,
-        "seconds_distill": round(middle - started, 1),
-        "seconds_evaluate": round(time.perf_counter() - middle, 1),
+        "seconds_evaluate": round(time.perf_counter() - started, 1),
         **describe(cpu),
     }
 
@@ -96,7 +104,9 @@ def identity(row: dict[str, Any]) -> str:
     return json.dumps([row[key] for key in ("method", "settings", "ipc", "seed")], sort_keys=True)
 
 
-def run(path: Path, wanted: list[dict[str, Any]]) -> None:
+def run(
+    path: Path, wanted: list[dict[str, Any]], measure: Callable[[dict[str, Any]], dict[str, Any]] = measure
+) -> None:
     """Measure the cells that the file lacks, on two single-threaded processes, and append their rows."""
     path.parent.mkdir(exist_ok=True)
     known = {identity(row) for row in read(path)} if path.is_file() else set()

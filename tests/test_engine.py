@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -83,3 +84,17 @@ def test_without_guidance(backend) -> None:
 def test_what_no_op_computes_takes_autograd(settings) -> None:
     # a step beside a kink of ResNet's ReLUs turns the gradient: rounding grows to 5e-4
     assert_equal_within_rounding("reference", settings, tolerance=2e-3)
+
+
+def test_a_shape_that_the_kernel_refuses_is_composed_of_the_other_ops_and_said(capsys) -> None:
+    def refuse(*args: object, **kwargs: object) -> torch.Tensor:
+        raise ValueError("discriminator_guidance: this shape is too large")
+
+    config, model, guidance = setting()
+    engine = StepEngine(
+        model, config, dataclasses.replace(ops.select("auto", CPU), discriminator_guidance=refuse), CPU
+    )
+    engine.load(guidance)
+    got = torch.stack([x.clone() for x in engine.denoise(LABELS, INDICES, TARGETS)])
+    assert torch.equal(got, by_ops("reference", config, model, guidance))
+    assert capsys.readouterr().err.count("this shape is too large") == 1

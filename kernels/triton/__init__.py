@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-
 import triton
+
 from acs_fast.kernels.triton.adaln import adaln
 from acs_fast.kernels.triton.classifier_head_grad import classifier_head_grad
 from acs_fast.kernels.triton.conv_norm_act_pool import conv_norm_act_pool

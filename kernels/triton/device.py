@@ -7,9 +7,9 @@ loops are constexpr: Triton's interpreter cannot loop to a runtime bound under N
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
 from acs_fast.kernels.structures import COLUMNS as _COLUMNS
 from acs_fast.kernels.structures import Column
 

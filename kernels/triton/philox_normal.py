@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from acs_fast.kernels.triton.device import noise_key, normal_block
 from acs_fast.kernels.triton.launch import block_of, cdiv, check, check_shape, options
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from acs_fast.kernels.triton.launch import block_of, cdiv, check, check_shape, options
 
 
