@@ -14,7 +14,7 @@ demo: .venv/.installed  ## distil the bundled digits on this machine and compare
 	$(BIN)/acs-fast distill --preset digits --evaluate --baselines random,plain
 
 test: lint  ## check style and types, run the tests, compile the kernels for GPUs, break them on purpose
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 	$(BIN)/python -m benchmarks.aot_report --check
 	$(BIN)/python -m tests.mutations
 

@@ -62,9 +62,10 @@ def select(choice: str | Mapping[str, str], device: torch.device) -> Ops:
         if backend != "auto" and (reason := why_not(op, backend, device)):
             refusals.append(f"{op}={backend}: {reason}")
     if refusals:
-        same = {text.split(": ", 1)[1] for text in refusals}
-        text = "; ".join(refusals) if len(same) > 1 or len(refusals) < len(OPS) else same.pop()
-        raise InputError(f"--backend cannot be served here: {text}")
+        reasons = {text.split(": ", 1)[1] for text in refusals}
+        if isinstance(choice, str) and len(reasons) == 1:
+            raise InputError(f"--backend {choice} cannot serve here: {reasons.pop()}")
+        raise InputError(f"--backend cannot be served here: {'; '.join(refusals)}")
     for op in OPS:
         backend = wanted.get(op, "auto")
         if backend == "auto":

@@ -76,7 +76,14 @@ def test_env_prints_op_by_backend_and_why_not() -> None:
 
 
 def test_a_run_by_triton_samples_what_the_plain_sampler_does(tiny, tmp_path: Path) -> None:
-    settings = {"ipc": 2, "num_curricula": 2, "discriminator": "convnet-2"}
+    # one guided step, for the interpreter is slow
+    settings = {
+        "ipc": 2,
+        "num_curricula": 2,
+        "discriminator": "convnet-2",
+        "guidance_scale": 1.0,
+        "guidance_window": [0.5, 0.7],
+    }
     plain = distill(tiny(**settings, out=str(tmp_path / "plain")))
     fused = distill(tiny(**settings, out=str(tmp_path / "fused"), backend="triton"))
     record = json.loads((fused / "config.json").read_text())

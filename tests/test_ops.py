@@ -29,7 +29,12 @@ def test_error_is_within_the_rule(case: Case, backend: str, dtype: str) -> None:
     out = poisoned_out(getattr(plain, case.op), call)
     given = tensors(out)
     pointers = [t.data_ptr() for t in given]
-    got = tensors(op(*call.args, **call.kwargs, out=out))
+    try:
+        got = tensors(op(*call.args, **call.kwargs, out=out))
+    except ValueError as refusal:
+        if backend != "cuda":
+            raise
+        pytest.skip(str(refusal))  # its kernels take fewer shapes; tests/test_cuda.py holds which
     assert [t.data_ptr() for t in got] == pointers, "the result is not `out`"
     usual = tensors(getattr(plain, case.op)(*call.args, **call.kwargs))
     worst = excess(got, usual, truth(case, call))

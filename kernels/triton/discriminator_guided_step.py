@@ -34,8 +34,7 @@ from acs_fast.kernels.triton.launch import block_of, cdiv, check, check_shape, n
 
 KEPT = 16384  # elements of the gradient that a program can keep in registers
 ACCUMULATORS = 4096  # of the product's tile
-OPERAND = 8192  # of d conv in a step of the product: 32 registers for each of 256 threads
-OPERAND_SMALL = 4096  # in fp32, whose operands are held in registers whole, and beside a large gradient
+OPERAND = 4096  # of d conv in a step of the product: 16 registers for each of 256 threads; twice that spills
 
 
 @triton.jit
@@ -178,11 +177,8 @@ def discriminator_guided_step(
     check_shape(op, "out", out, tuple(x.shape))
     check_shape(op, "xhat", saved.xhat, (n, b, c_out, h, w))
     check_backward(op, grad, saved, block, groups)
-    small = block.weight.dtype == torch.float32 or c * h * w > ACCUMULATORS
     block_ci = max(4, next_power_of_2(c))
-    tiling = backward_tiling(
-        h, w, block_ci, c_out, c_out // groups, ACCUMULATORS, OPERAND_SMALL if small else OPERAND, n
-    )
+    tiling = backward_tiling(h, w, block_ci, c_out, c_out // groups, ACCUMULATORS, OPERAND, n)
     tiles = cdiv(h, tiling["ROWS"])
     _kernel[(b,)](
         x, denoised, class_labels, indices, seed, step, table, grad, *saved, block.weight, block.gamma,
