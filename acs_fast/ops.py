@@ -120,16 +120,16 @@ def _module(backend: str) -> ModuleType:
 
 
 def table(device: torch.device) -> str:
-    """What `acs-fast env` prints: op x backend, with the reason where a backend cannot serve."""
+    """What `acs-fast env` prints: op x backend; `no` with its reason, `-` where there is no such kernel."""
     rows = [["op", *BACKENDS]]
     notes: dict[str, None] = {}
     for op in OPS:
         cells = [op]
         for backend in BACKENDS:
             reason = why_not(op, backend, device)
-            cells.append("yes" if reason is None else "-")
-            if reason is not None:
-                notes[f"{backend} -: {reason}"] = None
+            cells.append("yes" if reason is None else "no" if _has(backend, op) else "-")
+            if reason is not None and _has(backend, op):
+                notes[f"{backend} no: {reason}"] = None
         rows.append(cells)
     width = max(len(row[0]) for row in rows) + 2
     lines = [row[0].ljust(width) + "".join(cell.ljust(11) for cell in row[1:]) for row in rows]

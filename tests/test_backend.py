@@ -18,6 +18,7 @@ from acs_fast.kernels import reference
 from acs_fast.writer import read_tensors
 
 CPU = torch.device("cpu")
+NO_CUDA = ops.why_not("guided_step", "cuda", CPU) or ""  # no library here, or no GPU
 
 
 def test_every_op_has_a_reference() -> None:
@@ -40,8 +41,8 @@ def test_a_choice_op_by_op() -> None:
         ("cudnn", ["'cudnn'", "auto", "cuda", "triton", "reference"]),
         ("guided_step=cudnn", ["'cudnn'", "triton"]),
         ("guided_stop=triton", ["'guided_stop'", "guided_step"]),
-        ("cuda", ["cuda", "GPU"]),
-        ("guided_step=cuda", ["guided_step=cuda", "GPU"]),
+        ("cuda", ["--backend cuda cannot serve here: ", NO_CUDA]),
+        ("guided_step=cuda", ["guided_step=cuda: ", NO_CUDA]),
         ("adaln=cuda", ["adaln=cuda"]),
     ],
 )
@@ -50,6 +51,10 @@ def test_refusals_name_the_thing_and_what_there_is(choice: str, words: list[str]
         ops.select(ops.parse_choice(choice), CPU)
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_cuda_library_serves_no_cpu() -> None:
+    assert "GPU" in NO_CUDA or "not built" in NO_CUDA
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +77,8 @@ def test_env_prints_op_by_backend_and_why_not() -> None:
     for op in ops.OPS:
         assert len(rows[op]) == len(ops.BACKENDS) and rows[op][-1] == "yes"
     if not torch.cuda.is_available():
-        assert "triton -: " in text and "cuda -: " in text
+        assert "triton no: " in text and "cuda no: " in text
+        assert rows["guided_step"] == ["no", "no", "yes"] and rows["adaln"] == ["-", "no", "yes"]
 
 
 def test_a_run_by_triton_samples_what_the_plain_sampler_does(tiny, tmp_path: Path) -> None:
