@@ -88,6 +88,7 @@ class Run:
         self.out, self.overwrite = Path(config.out), overwrite
         self.device = resolve_device(config.device)
         self.ops = select(parse_choice(config.backend), self.device)
+        self.engine: StepEngine | None = None  # made by the first batch that needs it
         self.checkpoint = ASSETS / "digits-dit.safetensors" if config.model == DIGITS else Path(config.model)
         self.model = load_model(self.checkpoint, config).to(self.device)
         if config.clip_denoised is None:
@@ -194,9 +195,11 @@ class Run:
         labels = self.class_labels[positions]
         if set(self.ops.sources.values()) == {"reference"}:
             return denoise(self.model, labels, indices, self.config, guidance, positions)
-        engine = StepEngine(self.model, self.config, self.ops, self.device)
-        engine.load(guidance)
-        return engine.denoise(labels, indices, positions)
+        if self.engine is None:
+            self.engine = StepEngine(self.model, self.config, self.ops, self.device)
+        if self.engine.guidance is not guidance:
+            self.engine.load(guidance)
+        return self.engine.denoise(labels, indices, positions)
 
     def _guidance(self, curriculum: int) -> Guidance:
         c = self.config

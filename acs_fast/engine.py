@@ -62,7 +62,8 @@ class StepEngine:
         if guidance.objective == "learnability" and guidance.real_classifier is not None:
             networks.append(guidance.real_classifier)
         convnets = [network for network in networks if isinstance(network, ConvNet)]
-        if len(convnets) == len(networks):
+        whole = all(self.shape[1] % 2 ** (len(n.features) // 4) == 0 for n in convnets)  # no pool cuts a row
+        if len(convnets) == len(networks) and whole:
             self.network = stack_convnets(
                 convnets, torch.bfloat16 if self.device.type == "cuda" else torch.float32
             )
@@ -142,4 +143,4 @@ class StepEngine:
             )
             pred_xstart = diffusion.predict_xstart(leaf, eps, c)
         gradient = self.guidance.gradient(leaf, pred_xstart, targets, bool(self.config.clip_denoised))
-        return denoised.detach(), gradient
+        return denoised.detach(), gradient.contiguous()

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from acs_fast import DistillConfig
 from acs_fast.config import resolve
 
+torch.backends.cudnn.allow_tf32 = False  # on a GPU too, fp32 is what errors are measured by
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 

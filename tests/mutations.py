@@ -154,8 +154,8 @@ MUTATIONS = [
     Mutation(
         "x0 is clamped from below only",
         f"{TRITON}/device.py",
-        "tl.minimum(tl.maximum(value, -1.0), 1.0)",
-        "tl.maximum(value, -1.0)",
+        "tl.minimum(value, 1.0, propagate_nan=tl.PropagateNan.ALL)",
+        "value",
         CLIPPED,
     ),
     Mutation(

@@ -97,3 +97,21 @@ def test_a_tensor_that_is_not_contiguous_is_refused(case: Case, launches: list[s
         op(first, *call.args[1:], **call.kwargs)
     names = "pred_xstart: x" if case.op == "discriminator_guidance" else f"{case.op}: "
     assert str(error.value).startswith(names) and launches == []
+
+
+def test_shapes_and_types_that_would_read_beside_a_tensor_are_refused(launches: list[str]) -> None:
+    odd = Case("conv_norm_act_pool", {"N": 1, "B": 2, "C_in": 4, "C": 64, "H": 7, "W": 8, "G": 64})
+    call = make(odd, torch.float32, CPU)
+    convolve = ops.select({odd.op: "triton"}, CPU).conv_norm_act_pool
+    with pytest.raises(ValueError, match="must be even, they are 7 and 8"):
+        convolve(*call.args, **call.kwargs)
+    call = make(FIRST["conv_norm_act_pool"], torch.float32, CPU)
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16, the weight torch\.float32"):
+        convolve(call.args[0].bfloat16(), call.args[1], **call.kwargs)
+    call = make(FIRST["guided_step"], torch.float32, CPU)
+    step = ops.select({"guided_step": "triton"}, CPU).guided_step
+    for position, word in ((4, "seed must be one int64"), (5, "step must be one int64")):
+        args = [t.int() if i == position else t for i, t in enumerate(call.args)]
+        with pytest.raises(ValueError, match=word):
+            step(*args, **call.kwargs)
+    assert launches == []

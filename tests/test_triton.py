@@ -12,6 +12,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+from acs_fast import ops  # noqa: E402
 from acs_fast.kernels import reference  # noqa: E402
 from acs_fast.kernels import triton as backend  # noqa: E402
 from acs_fast.kernels.reference.noise import philox_4x32 as reference_words  # noqa: E402
@@ -259,3 +260,13 @@ def test_float64_is_refused() -> None:
 
 def test_other_devices_are_refused_with_a_reason() -> None:
     assert "NVIDIA GPU" in backend.why_not(torch.device("meta"))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("place", ["x", "denoised", "gradient"])
+def test_a_nan_is_passed_on(place: str, clip: bool) -> None:
+    case = Case("guided_step", {"B": 3, "C": 4, "H": 8, "W": 8}, {"clip": clip})
+    call = make(case, torch.float32, DEVICE)
+    {"x": call.args[0], "denoised": call.args[1], "gradient": call.args[7]}[place][1, 2, 3, 4] = float("nan")
+    got = ops.select({"guided_step": "triton"}, DEVICE).guided_step(*call.args, **call.kwargs)
+    assert got[1, 2, 3, 4].isnan() and got[[0, 2]].isfinite().all()

@@ -250,6 +250,9 @@ class Library:
     def _check(self, op: str, t: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if t.device.type != self._device_type:
             raise ValueError(f"{op}: {name} is on {t.device.type}, not on {self._device_type}")
+        if t.is_cuda and t.device.index != torch.cuda.current_device():
+            current = torch.cuda.current_device()
+            raise ValueError(f"{op}: {name} is on {t.device}, the current device is cuda:{current}")
         if t.shape != torch.Size(shape):
             raise ValueError(f"{op}: {name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
         if t.dtype != dtype or (t.is_floating_point() and dtype not in _DTYPES):

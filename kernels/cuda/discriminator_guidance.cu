@@ -225,7 +225,7 @@ cudaError_t launch_guidance(const AcsDiscriminatorGuidance& a, void* stream) {
   if (error != cudaSuccess) return error;
   if (layout.bytes > shared) return cudaErrorInvalidValue;
   auto* kernel = discriminator_guidance_kernel<T, WIDTH>;
-  error = allow_shared(kernel, layout.bytes);
+  error = allow_shared(kernel, shared);  // the device's maximum: no other call lowers it before the launch
   if (error != cudaSuccess) return error;
   const int resident = multiprocessors * (shared / layout.bytes);
   return launch(kernel, dim3(a.step.batch < resident ? a.step.batch : resident), 2 * WIDTH, layout.bytes,

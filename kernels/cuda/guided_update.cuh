@@ -102,7 +102,8 @@ __device__ void guided_update(const AcsGuidedStep& a, int sample, Gradient gradi
   squares = block_reduce(squares, false, scratch);
   eps_squares = block_reduce(eps_squares, false, scratch);
   const float radius = row.push + row.push_per_eps * sqrtf(eps_squares);
-  const float scale = radius / fmaxf(sqrtf(squares), kTiny);
+  const float norm = sqrtf(squares);
+  const float inverse_norm = 1.0f / (norm < kTiny ? kTiny : norm);  // a NaN stays; the radius last: 0 stays 0
   ACS_ROLLED
   for (int i = first; i < groups; i += threads) {
     const Group group = sample_group<VECTOR>(a, sample, i);
@@ -111,7 +112,7 @@ __device__ void guided_update(const AcsGuidedStep& a, int sample, Gradient gradi
     load_eps<VECTOR>(a, row, group, eps);
     ACS_UNROLL
     for (int k = 0; k < 4; ++k) {
-      if (k < group.count) g[k] = g[k] * inverse_largest * scale;
+      if (k < group.count) g[k] = g[k] * inverse_largest * inverse_norm * radius;
     }
     step_group<VECTOR>(a, row, sample, group, eps, g);
   }

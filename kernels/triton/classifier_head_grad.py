@@ -141,7 +141,10 @@ def classifier_head_grad(
     networks = 2 if objective == "learnability" else 1
     check_shape(op, "features", features, (networks, b, f))
     check_shape(op, "weight", head.weight, (networks, k, f))
+    check_shape(op, "bias", head.bias, (networks, k))
     check_shape(op, "targets", targets, (b,))
+    check_shape(op, "loss", out.loss, (b,))
+    check_shape(op, "scale", out.scale, (b,))
     check_shape(op, "logits", out.logits, (networks, b, k))
     check_shape(op, "grad", out.grad, (networks, b, f))
     block_k = max(16, next_power_of_2(k))

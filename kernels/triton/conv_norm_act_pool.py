@@ -14,7 +14,7 @@ from torch import Tensor
 
 from acs_fast.kernels.structures import Block, Saved
 from acs_fast.kernels.triton.convolution import activate, conv3x3, group_sum
-from acs_fast.kernels.triton.launch import cdiv, check, check_shape, next_power_of_2, options
+from acs_fast.kernels.triton.launch import cdiv, check, check_even, check_shape, next_power_of_2, options
 
 ACCUMULATORS = 16384  # of a program's tile: 64 registers for each of 256 threads
 ACCUMULATORS_FP32 = 4096  # without tensor cores both operands are held in registers too
@@ -134,6 +134,11 @@ def conv_norm_act_pool(
     y, saved = out
     check("conv_norm_act_pool", x=x, weight=block.weight, bias=block.bias, gamma=block.gamma, beta=block.beta,
           y=y, xhat=saved.xhat, rstd=saved.rstd)  # fmt: skip
+    check_even("conv_norm_act_pool", h, w)
+    if x.dtype != block.weight.dtype:
+        raise ValueError(f"conv_norm_act_pool: x is {x.dtype}, the weight {block.weight.dtype}; cast one")
+    for name in ("bias", "gamma", "beta"):
+        check_shape("conv_norm_act_pool", name, getattr(block, name), (n, c_out))
     check_shape("conv_norm_act_pool", "x", x, (b, c_in, h, w) if x.dim() == 4 else (n, b, c_in, h, w))
     check_shape("conv_norm_act_pool", "y", y, (n, b, c_out, h // 2, w // 2))
     check_shape("conv_norm_act_pool", "xhat", saved.xhat, (n, b, c_out, h, w))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from acs_fast.kernels.structures import Block, Saved
 from acs_fast.kernels.triton.convolution import group_means, shift_columns, transposed_product
-from acs_fast.kernels.triton.launch import cdiv, check, check_shape, next_power_of_2, options
+from acs_fast.kernels.triton.launch import cdiv, check, check_even, check_shape, next_power_of_2, options
 
 ACCUMULATORS = 16384  # of a program's tile: 64 registers for each of 256 threads
 ACCUMULATORS_FP32 = 4096  # without tensor cores both operands are held in registers too
@@ -82,6 +82,9 @@ def check_backward(op: str, grad: Tensor, saved: Saved, block: Block, groups: in
     n, b, c_out, h, w = saved.xhat.shape
     check(op, grad=grad, xhat=saved.xhat, rstd=saved.rstd, weight=block.weight, gamma=block.gamma,
           beta=block.beta)  # fmt: skip
+    check_even(op, h, w)
+    check_shape(op, "weight", block.weight, (n, c_out, block.weight.shape[2], 3, 3))
+    check_shape(op, "beta", block.beta, (n, c_out))
     check_shape(op, "grad", grad, (n, b, c_out, h // 2, w // 2))
     check_shape(op, "rstd", saved.rstd, (n, b, groups))
     check_shape(op, "gamma", block.gamma, (n, c_out))

@@ -32,7 +32,7 @@ def group_sum(v, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def activate(u, SILU: tl.constexpr):
     """silu(u) or relu(u)."""
-    return u * tl.sigmoid(u) if SILU else tl.maximum(u, 0.0)
+    return u * tl.sigmoid(u) if SILU else tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -110,7 +110,7 @@ def norm_add(largest, total, g):
 
     Start with zeros in the shape of g, end with `norm_of`. Squares of small gradients do not underflow.
     """
-    new = tl.maximum(tl.maximum(largest, tl.abs(g)), TINY)
+    new = tl.maximum(tl.maximum(largest, tl.abs(g)), TINY, propagate_nan=tl.PropagateNan.ALL)
     kept, added = largest / new, g / new
     return new, total * kept * kept + added * added
 
@@ -120,7 +120,7 @@ def norm_of(largest, total):
     """(m, n) with g / m / n of unit norm, over all lanes of `norm_add`; a gradient of zeros stays zero."""
     top = tl.maximum(tl.max(largest), TINY)
     scale = largest / top
-    return top, tl.maximum(tl.sqrt(tl.sum(total * scale * scale)), TINY)
+    return top, tl.maximum(tl.sqrt(tl.sum(total * scale * scale)), TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
 # --- the guided step -----------------------------------------------------------------------------------
@@ -150,7 +150,8 @@ def xstart(x, eps, row, CLIP: tl.constexpr):
     """x0 = INV_SQRT_ALPHA x - EPS_TO_XSTART eps (2), clamped if CLIP."""
     value = tl.load(row + INV_SQRT_ALPHA) * x - tl.load(row + EPS_TO_XSTART) * eps
     if CLIP:
-        value = tl.minimum(tl.maximum(value, -1.0), 1.0)
+        value = tl.maximum(value, -1.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.minimum(value, 1.0, propagate_nan=tl.PropagateNan.ALL)
     return value
 
 
