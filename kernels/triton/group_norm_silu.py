@@ -72,7 +72,7 @@ def group_norm_silu(
     check_shape("group_norm_silu", "out", out, tuple(x.shape))
     numel = channels // groups * height * width
     block = block_of(numel, 8192)
-    parts, most = 1, 4 if out.data_ptr() != x.data_ptr() else 1  # the programs of a group all read x
+    parts, most = 1, 1 if out is x else 4  # the programs of a group all read x
     while parts < most and batch * groups * parts * 2 <= MANY_PROGRAMS and cdiv(numel, parts * 2) >= block:
         parts *= 2
     _kernel[(batch * groups * parts,)](
