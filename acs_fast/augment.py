@@ -23,6 +23,11 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on `device`; through pinned memory to a GPU, so that the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def random_resized_crop(images: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
     """Crop of area 0.5 to 1, aspect 3/4 to 4/3 (first valid of 10 draws, else all), bilinear to full size.
 
@@ -44,12 +49,13 @@ def random_resized_crop(images: Tensor, mirror: bool, generator: torch.Generator
     theta = torch.zeros(b, 2, 3)
     theta[:, 0, 0], theta[:, 0, 2] = flip * width / size, (2.0 * left + width) / size - 1.0
     theta[:, 1, 1], theta[:, 1, 2] = height / size, (2.0 * top + height) / size - 1.0
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # nothing outside of the box is mixed in: the sample points stay between its outermost pixel centres
     corner, extent = torch.stack((left, top), dim=1), torch.stack((width, height), dim=1)
     low = (2.0 * corner + 1.0) / size - 1.0
     high = (2.0 * (corner + extent) - 1.0) / size - 1.0
-    grid = grid.clamp(low.view(b, 1, 1, 2), high.view(b, 1, 1, 2)).to(images.device)
+    theta, low, high = (to_device(values, images.device) for values in (theta, low, high))
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    grid = grid.clamp(low.view(b, 1, 1, 2), high.view(b, 1, 1, 2))
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

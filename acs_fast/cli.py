@@ -13,15 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from acs_fast import __version__
-from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError, TrainConfig, resolve
+from acs_fast.config import (
+    PRESETS,
+    BenchConfig,
+    DistillConfig,
+    EvaluateConfig,
+    InputError,
+    TrainConfig,
+    resolve,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command: 0 on success, 2 with one sentence on stderr for unusable input, 130 when interrupted."""
+    """Run a command: 0 on success, 1 where `bench` finds wrong results, 130 when interrupted.
+
+    2, with one sentence on stderr, for unusable input.
+    """
     args = make_parser().parse_args(argv)
     again = "run the same command again to continue" if args.call is run_distill else ""
     try:
-        args.call(args)
+        return args.call(args) or 0
     except InputError as error:
         print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -33,7 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"acs-fast: interrupted{again and '; ' + again}", file=sys.stderr)
         return 130
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,6 +80,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a small DiT on an image set")
     add_fields(command, TrainConfig)
     command.set_defaults(call=run_train)
+
+    command = commands.add_parser("bench", help="time a step, a trajectory or a discriminator's training")
+    command.add_argument(
+        "what", choices=BenchConfig.__dataclass_fields__["what"].metadata["choices"], help="what is timed"
+    )
+    add_fields(command, BenchConfig)
+    command.add_argument("--json", action="store_true", help="print one row of JSON")
+    command.set_defaults(call=run_bench)
 
     command = commands.add_parser("env", help="versions, devices, and which optional part is missing and why")
     command.set_defaults(call=run_env)
@@ -156,6 +174,17 @@ def run_train(args: argparse.Namespace) -> None:
     from acs_fast.training import train  # deferred: see run_distill
 
     print(f"  {train(config)}")
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """`acs-fast bench`; 1, without a figure, where the check fails."""
+    config = resolve(BenchConfig, {**given(args, BenchConfig), "what": args.what}, args.config)
+    from acs_fast.bench.measure import bench  # deferred: see run_distill
+    from acs_fast.bench.table import table
+
+    row = bench(config)
+    print(json.dumps(row) if args.json else table(row))
+    return 0 if row["check"]["passed"] else 1
 
 
 def run_env(args: argparse.Namespace) -> None:

@@ -58,13 +58,25 @@ class DistillConfig:
     preset: str = option("digits", "named set of defaults for the fields below")
     out: str = option("runs/digits", "output folder; an interrupted run there is continued")
     model: str = option(
-        "digits", "DiT checkpoint: the bundled 'digits', a .safetensors or an official .pt file"
+        "digits",
+        "DiT: the bundled 'digits', a Hugging Face id or folder in diffusers format, an official .pt, or our "
+        ".safetensors",
+    )
+    vae: str | None = option(
+        None,
+        "VAE of a latent model: Hugging Face id or folder in diffusers format; default: the model folder's "
+        "own, else stabilityai/sd-vae-ft-mse",
+    )
+    tiny_vae: str = option(
+        "madebyollin/taesd", "AutoencoderTiny of --guidance-space pixel-tiny: id or folder"
     )
     real: str = option(
         "digits", "real images: the bundled 'digits' or a folder train/<class>/*, val/<class>/*"
     )
     classes: str | None = option(
-        None, "text file with one class folder a line; default: the model's own classes"
+        None,
+        "class names or label numbers, comma-separated or a text file with one a line (ImageNet: wnids); "
+        "default: all of the model's",
     )
     ipc: int = option(10, "images per class")
     num_curricula: int = option(5, "number of curricula the ipc images are split into")
@@ -77,6 +89,11 @@ class DistillConfig:
     )
     trust_radius: str = option("sigma", "unit of the guidance step", ("sigma", "eps"))
     guidance_window: tuple[float, float] = option((0.1, 0.7), "guide while t/T lies in this closed interval")
+    guidance_space: str = option(
+        "latent",
+        "what the discriminator sees: the sample itself, or its decode by the (tiny) VAE",
+        ("latent", "pixel", "pixel-tiny"),
+    )
     jacobian: str = option("identity", "how d x0 / d x_t is taken", ("identity", "full"))
     cfg_scale: float = option(2.0, "classifier-free guidance scale; 1 is the conditional model")
     cfg_channels: int | None = option(
@@ -101,11 +118,24 @@ class DistillConfig:
     discriminator_lr: float = option(3e-3, "AdamW learning rate of the discriminators")
     discriminator_batch_size: int = option(64, "images per training step of the discriminators")
     real_steps: int = option(2000, "training steps of the real-image classifier (learnability)")
-    batch_size: int = option(100, "images sampled together")
+    batch_size: int | None = option(
+        None, "images sampled together; default: 66 on a GPU, 4 on a CPU, 100 for small models"
+    )
     seed: int = option(0, "seed of the run: noise is keyed by (seed, class, index, step)")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
     backend: str = option(
         "auto", "kernels: auto (the fastest here), cuda, triton, reference (plain PyTorch) or op=backend,..."
+    )
+    dtype: str = option(
+        "auto", "the denoiser's; auto: bf16 where its linears are faster in it", ("auto", "bf16", "fp32")
+    )
+    attention: str = option(
+        "auto",
+        "attention kernel; auto: the fastest here",
+        ("auto", "cudnn", "flash", "efficient", "math", "xformers"),
+    )
+    compile: str = option(
+        "auto", "on a CPU, compile the denoiser's blocks; auto: for large models", ("auto", "on", "off")
     )
 
     def __post_init__(self) -> None:
@@ -196,12 +226,59 @@ class TrainConfig:
         )
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `bench` times, of which model, where. Settings of sampling are those of `distill`."""
+
+    preset: str | None = option(None, "named set of defaults for the fields below")
+    what: str = option("step", "what is timed", ("step", "trajectory", "discriminator"), cli=False)
+    model: str = option(
+        "dit-xl-2",
+        "a size, with random weights (dit-xl-2, dit-l-4, dit-s-8, ...), or a checkpoint as distill takes it",
+    )
+    batch_size: int | None = option(
+        None,
+        "images sampled together, or of a discriminator's training step; default: distill's on this device",
+    )
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+    backend: str = option("auto", "kernels: auto (the fastest here), cuda, triton or op=backend,...")
+    dtype: str = option(
+        "auto", "the denoiser's; auto: bf16 where its linears are faster in it", ("auto", "bf16", "fp32")
+    )
+    attention: str = option(
+        "auto",
+        "attention kernel; auto: the fastest here",
+        ("auto", "cudnn", "flash", "efficient", "math", "xformers"),
+    )
+    compile: str = option(
+        "auto",
+        "on a CPU, compile the denoiser's elementwise ops; auto: for large models",
+        ("auto", "on", "off"),
+    )
+    guidance_space: str = option(
+        "latent",
+        "what the discriminator sees: the sample itself, or its decode by the (tiny) VAE",
+        ("latent", "pixel", "pixel-tiny"),
+    )
+    discriminator: str = option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
+    num_classes: int = option(
+        10, "classes of the batch, which the discriminator tells apart; at most the model's"
+    )
+    num_sampling_steps: int = option(50, "denoising steps of a trajectory")
+    repeats: int = option(5, "timed rounds")
+
+    def __post_init__(self) -> None:
+        _check(self, ("batch_size", "repeats"))
+        _require(self.num_classes >= 2, f"--num-classes is {self.num_classes}, it must be at least 2")
+
+
 # name -> values other than the class's defaults; benchmarks/README.md says how they were chosen
 # The digits are the class defaults, so that DistillConfig() in Python is `acs-fast distill`.
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     DistillConfig: {"digits": {}},
     EvaluateConfig: {"digits": {"protocol": "hard-adamw", "epochs": 400}},
     TrainConfig: {"digits": {}},
+    BenchConfig: {"digits": {"model": "digits"}},
 }
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +15,30 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acs_fast.config import DistillConfig, InputError
-from acs_fast.data import (
-    ASSETS,
-    DIGITS,
-    ImageSet,
-    check_classes,
-    load_images,
-    read_class_list,
-    to_model_range,
-    to_uint8,
-)
+from acs_fast.augment import to_device
+from acs_fast.config import DistillConfig, InputError, resolve
+from acs_fast.data import DIGITS, ImageSet, load_images, select_classes, to_model_range
 from acs_fast.discriminator import Classifiers, score
-from acs_fast.engine import StepEngine
 from acs_fast.environment import describe, resolve_device
+from acs_fast.generator import ImageGenerator, out_of_memory
 from acs_fast.guidance import Guidance
-from acs_fast.models.dit import DiT, load_checkpoint
-from acs_fast.ops import parse_choice, select
+from acs_fast.output import Output
+from acs_fast.plan import Item, available_memory, curriculum_batches, curriculum_ranges
 from acs_fast.report import contact_sheet
-from acs_fast.sampler import denoise
-from acs_fast.writer import Manifest, claim, lock, read_tensors, write_atomic, write_tensors
+from acs_fast.writer import (
+    RUN_CONFIG,
+    Manifest,
+    claim,
+    is_record,
+    lock,
+    read_json,
+    read_tensors,
+    write_atomic,
+)
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image of the distilled set: the position of its class in the run's list, its index in the class."""
-
-    position: int
-    index: int
-
-
-def curriculum_ranges(ipc: int, num_curricula: int) -> list[range]:
-    """The indices of each curriculum: equal parts, the remainder to the last ones (METHOD.md section 2)."""
-    size, remainder = divmod(ipc, num_curricula)
-    sizes = [size + (i >= num_curricula - remainder) for i in range(num_curricula)]
-    return [range(a, b) for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
-
-
-def curriculum_batches(num_classes: int, indices: range, batch_size: int) -> list[list[Item]]:
-    """A curriculum's images class by class, cut into batches; one configuration always gives the same cut."""
-    items = [Item(position, index) for position in range(num_classes) for index in indices]
-    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+# settings whose `auto` is resolved by measurement or by the machine: a run that is continued keeps its own
+RESOLVED = ("dtype", "attention", "compile", "batch_size")
 
 
 def distill(config: DistillConfig, overwrite: bool = False) -> Path:
@@ -70,13 +49,15 @@ def distill(config: DistillConfig, overwrite: bool = False) -> Path:
     ends with the same bytes; a folder of another configuration raises InputError unless `overwrite`.
     """
     run, out = Run(config, overwrite), Path(config.out)
-    with lock(out):
-        run.start()
-        started = time.perf_counter()
-        for curriculum in range(1, config.num_curricula + 1):
-            run.sample_curriculum(curriculum)
-        run.finish()
-        seconds = time.perf_counter() - started
+    try:
+        with lock(out):
+            run.start()
+            started = time.perf_counter()
+            run.sample()
+            run.finish()
+            seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError as error:
+        raise InputError(run.out_of_memory()) from error
     print(f"{out}: {run.total} images, {run.sampled} of them sampled now, in {seconds:.1f} s")
     return out
 
@@ -87,30 +68,22 @@ class Run:
     def __init__(self, config: DistillConfig, overwrite: bool = False):
         self.out, self.overwrite = Path(config.out), overwrite
         self.device = resolve_device(config.device)
-        self.ops = select(parse_choice(config.backend), self.device)
-        self.engine: StepEngine | None = None  # made by the first batch that needs it
-        self.checkpoint = ASSETS / "digits-dit.safetensors" if config.model == DIGITS else Path(config.model)
-        self.model = load_model(self.checkpoint, config).to(self.device)
-        if config.clip_denoised is None:
-            config = dataclasses.replace(config, clip_denoised=samples_pixels(self.model))
-        self.config = config
-        self.classes, labels = select_classes(self.model, config.classes)
-        self.class_labels = torch.tensor(labels, device=self.device)  # the model's label of each position
+        config = config if overwrite else keep_resolved(config, self.out, self.device)
+        self.generator = ImageGenerator(config, self.device)
+        self.config = config = self.generator.config
+        known = self.generator.shape.classes or tuple(map(str, range(self.generator.shape.num_classes)))
+        self.classes, self.class_labels = select_classes(known, config.classes)
         self.ranges = curriculum_ranges(config.ipc, config.num_curricula)
+        assert config.batch_size is not None
         self.batches = [
             curriculum_batches(len(self.classes), part, config.batch_size) for part in self.ranges
         ]
+        self.bucket = max(len(batch) for batches in self.batches for batch in batches)  # the rest is padded
         self.total, self.sampled = config.ipc * len(self.classes), 0
         self.guided = config.guidance_scale > 0 and config.num_curricula > 1
-        shape = self.model.config
-        self.classifiers = Classifiers(
-            config,
-            shape.in_channels,
-            shape.input_size,
-            len(self.classes),
-            self.device,
-            self.out / "discriminators",
-        )
+        channels, size = self.generator.seen_shape()
+        folder = self.out / "discriminators"
+        self.classifiers = Classifiers(config, channels, size, len(self.classes), self.device, folder)
         # the real images now, if they are needed: what is missing there is refused before anything is written
         learnability = self.guided and config.objective == "learnability"
         needed = learnability and (overwrite or not self.classifiers.is_trained("real"))
@@ -118,12 +91,13 @@ class Run:
 
     def start(self) -> None:
         """Take the run folder, find what is missing in it, and print the plan."""
+        measured = self.generator.choose(self.bucket)
+        self.config = self.generator.config
         record = {
             "config": dataclasses.asdict(with_absolute_paths(self.config)),
-            "model_sha256": hashlib.sha256(self.checkpoint.read_bytes()).hexdigest(),
             "classes": list(self.classes),
-            "class_labels": self.class_labels.tolist(),
-            "ops": {"sources": dict(self.ops.sources)},
+            "class_labels": self.class_labels,
+            **self.generator.record(),
             **describe(self.device),
         }
         stored = claim(self.out, record, self.overwrite)
@@ -135,7 +109,17 @@ class Run:
         }
         if any(self.missing.values()):
             warn_of_other_code(stored, record)
+            print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
+            self.generator.prepare(self.bucket, self.class_labels)
         print(self._plan(), flush=True)
+
+    def sample(self) -> None:
+        """Bring every curriculum to its end; decoding and writing go on beside the next batch."""
+        decode, to_uint8 = self.generator.decode, self.generator.ops.to_uint8
+        with Output(self.manifest, self.device, decode, to_uint8) as self.output:
+            for curriculum in range(1, self.config.num_curricula + 1):
+                self.sample_curriculum(curriculum)
+        self.waited = self.output.waited
 
     def sample_curriculum(self, curriculum: int) -> None:
         """Bring curriculum 1..N to its end: train its discriminator if guided, sample what is missing."""
@@ -148,6 +132,7 @@ class Run:
         with tqdm(total=images, desc=title, unit="image", disable=None, bar_format=BAR) as progress:
             for number, batch in missing:
                 self._sample_batch(curriculum, number, batch, guidance, progress)
+            self.output.flush()  # the next discriminator is trained on what lies on the disk
 
     def finish(self) -> None:
         """Put the manifest in order and draw the contact sheet."""
@@ -158,48 +143,30 @@ class Run:
     def _sample_batch(
         self, curriculum: int, number: int, batch: list[Item], guidance: Guidance | None, progress: tqdm[Any]
     ) -> None:
-        positions = torch.tensor([item.position for item in batch], device=self.device)
-        indices = torch.tensor([item.index for item in batch], device=self.device)
-        x = torch.empty(0)
+        positions = torch.tensor([item.position for item in batch])
         # the discriminator knows positions in the run's list, the denoiser the labels it was trained with
-        steps = self._denoise(positions, indices, guidance)
-        for x in steps:  # noqa: B007 (the last one is the sample)
-            progress.update(len(batch) / self.config.num_sampling_steps)
-        finite = torch.isfinite(x).flatten(1).all(dim=1)
-        if not finite.all():
-            name, index = self._key(batch[int(finite.int().argmin())])
-            raise InputError(
-                f"class {name} index {index} of curriculum {curriculum} is not finite; check the model's "
-                "weights or lower --guidance-scale"
-            )
-        write_tensors(self._samples_path(curriculum, number), {"samples": x})
-        right, loss = [None] * len(batch), [None] * len(batch)
+        labels = torch.tensor(self.class_labels)[positions]
+        inputs = (labels, torch.tensor([item.index for item in batch]), positions)
+        x = torch.empty(0)
+        for x in self.generator.denoise(*inputs, guidance):  # noqa: B007 (the last one is the sample)
+            progress.update(len(batch) / self.generator.yields)
+        samples = x.detach().clone()
+        scores = None
         if guidance is not None:
-            right, loss = (values.tolist() for values in score(guidance.discriminator, x, positions))
+            seen = self.generator.seen(samples)
+            scores = score(guidance.discriminator, seen, to_device(positions, self.device))
         rows = [
             {
                 "class": self.classes[item.position],
                 "index": item.index,
                 "curriculum": curriculum,
                 "seed": self.config.seed,
-                "discriminator_correct": correct,
-                "discriminator_loss": value,
             }
-            for item, correct, value in zip(batch, right, loss, strict=True)
+            for item in batch
         ]
-        self.manifest.append(to_uint8(x).cpu(), rows)
+        locate = partial(self.generator.first_non_finite, *inputs, guidance)
+        self.output.submit(samples, self._samples_path(curriculum, number), rows, scores, locate)
         self.sampled += len(batch)
-
-    def _denoise(self, positions: Tensor, indices: Tensor, guidance: Guidance | None) -> Iterator[Tensor]:
-        """The plain, eager sampler where every op is the reference's, else the engine over the ops."""
-        labels = self.class_labels[positions]
-        if set(self.ops.sources.values()) == {"reference"}:
-            return denoise(self.model, labels, indices, self.config, guidance, positions)
-        if self.engine is None:
-            self.engine = StepEngine(self.model, self.config, self.ops, self.device)
-        if self.engine.guidance is not guidance:
-            self.engine.load(guidance)
-        return self.engine.denoise(labels, indices, positions)
 
     def _guidance(self, curriculum: int) -> Guidance:
         c = self.config
@@ -207,16 +174,7 @@ class Run:
         if c.objective == "learnability":
             title = f"curriculum {curriculum}/{c.num_curricula} real classifier"
             real_classifier = self.classifiers.get("real", title, self._take_real, c.real_steps)
-        return Guidance(
-            objective=c.objective,
-            discriminator=discriminator,
-            real_classifier=real_classifier,
-            omega=c.omega,
-            scale=c.guidance_scale,
-            trust_radius=c.trust_radius,
-            window=c.guidance_window,
-            jacobian=c.jacobian,
-        )
+        return self.generator.steer(discriminator, real_classifier)
 
     def _discriminator(self, curriculum: int) -> nn.Module:
         """f_i of a curriculum; a warm one starts from the one before, which is trained anew if it is lost."""
@@ -230,9 +188,16 @@ class Run:
             (lambda: self._discriminator(curriculum - 1)) if warm else None,
         )
 
+    def out_of_memory(self) -> str:
+        """The sentence for a run that the memory cannot hold, with the batch size that would fit."""
+        self.generator.release()
+        available = available_memory(self.device)
+        fits = self.bucket // 2 if available is None else self.generator.fitting_batch_size(available)
+        return out_of_memory(self.bucket, min(fits, self.bucket - 1))
+
     def _load_real(self) -> ImageSet:
-        shape = self.model.config
-        return load_images(self.config.real, "train", self.classes, shape.input_size, shape.in_channels)
+        channels, size = self.generator.seen_shape()
+        return load_images(self.config.real, "train", self.classes, size, channels)
 
     def _take_real(self) -> tuple[Tensor, Tensor]:
         """The real images and their labels, once: afterwards they are not kept."""
@@ -248,9 +213,9 @@ class Run:
                 stored = read_tensors(path)
                 if stored is None:
                     raise InputError(f"{path} is gone or damaged; run the command again to make it anew")
-                samples.append(stored["samples"])
+                samples.append(self.generator.seen(stored["samples"].to(self.device)))
                 positions += [item.position for item in batch]
-        return torch.cat(samples).to(self.device), torch.tensor(positions, device=self.device)
+        return torch.cat(samples), torch.tensor(positions, device=self.device)
 
     def _plan(self) -> str:
         c, calls = self.config, sum(map(len, self.batches)) * self.config.num_sampling_steps
@@ -267,26 +232,25 @@ class Run:
 
     def _estimate_seconds(self) -> float:
         """Seconds for what is missing: one denoiser call and one classifier step are timed and multiplied."""
-        c, shape = self.config, self.model.config
-        sizes = [len(batch) for batches in self.missing.values() for _, batch in batches]
-        if not sizes:
+        c, calls = self.config, sum(map(len, self.missing.values())) * self.config.num_sampling_steps
+        if not calls:
             return 0.0
-        rows = max(sizes)
-        x = torch.zeros(2 * rows, shape.in_channels, shape.input_size, shape.input_size, device=self.device)
-        labels = torch.zeros(2 * rows, dtype=torch.long, device=self.device)
-        sampling = time_call(lambda: self.model(x, labels, labels)) * c.num_sampling_steps * sum(sizes) / rows
+        sampling = calls * self.generator.seconds_per_step(self.bucket, self.class_labels[0])
         trained = sum(bool(batches) for curriculum, batches in self.missing.items() if curriculum > 1)
         if not self.guided or not trained:
             return sampling
-        network, batch = self.classifiers.build("estimate"), x[: c.discriminator_batch_size]
+        channels, size = self.generator.seen_shape()
+        network = self.classifiers.build("estimate")
+        batch = torch.zeros(c.discriminator_batch_size, channels, size, size, device=self.device)
         steps = trained * c.discriminator_steps + (c.real_steps if c.objective == "learnability" else 0)
         window = c.guidance_window[1] - c.guidance_window[0]
         overhead = 1.0 + window * (3.0 if c.jacobian == "full" else 0.3)
-        return sampling * overhead + steps * time_call(lambda: network(batch).sum().backward())
+        return sampling * overhead + steps * time_call(lambda: network(batch).sum().backward(), self.device)
 
     def _done(self, curriculum: int, number: int, batch: list[Item]) -> bool:
         stored = read_tensors(self._samples_path(curriculum, number))
-        return stored is not None and self.manifest.holds([self._key(item) for item in batch])
+        whole = stored is not None and len(stored["samples"]) == len(batch)
+        return whole and self.manifest.holds([self._key(item) for item in batch])
 
     def _keys(self) -> list[tuple[str, int]]:
         """Every (class, index) in the order of the manifest."""
@@ -299,32 +263,22 @@ class Run:
         return self.out / "samples" / f"{curriculum}-{number}.safetensors"
 
 
-def load_model(checkpoint: Path, config: DistillConfig) -> DiT:
-    """The denoiser of a run, or InputError for one that this configuration cannot sample images from."""
-    model = load_checkpoint(checkpoint)
-    channels = model.config.in_channels
-    if not samples_pixels(model):
-        raise InputError(
-            f"{checkpoint} samples {channels}-channel latents, which need a VAE to become images; "
-            "this version distils pixel models (1 or 3 channels)"
-        )
-    if config.variance == "learned_range" and not model.config.learn_sigma:
-        raise InputError("--variance learned_range: this model has no variance channels; use fixed_small")
-    if config.cfg_channels is not None and not 1 <= config.cfg_channels <= channels:
-        raise InputError(f"--cfg-channels is {config.cfg_channels}, this model has {channels}")
-    return model
-
-
-def samples_pixels(model: DiT) -> bool:
-    """Whether the model's samples are images in [-1, 1], not latents of a VAE."""
-    return model.config.in_channels in (1, 3)
-
-
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
     """The configuration as a later command can use it from any folder; the bundled names stay."""
-    model, real = (path if path == DIGITS else os.path.abspath(path) for path in (config.model, config.real))
-    classes = config.classes and os.path.abspath(config.classes)
-    return dataclasses.replace(config, model=model, real=real, classes=classes)
+    names = ("model", "real", "vae", "tiny_vae", "classes")
+    paths = {name: value for name in names if (value := getattr(config, name)) and Path(value).exists()}
+    paths = {name: os.path.abspath(value) for name, value in paths.items() if value != DIGITS}
+    return dataclasses.replace(config, **paths)
+
+
+def keep_resolved(config: DistillConfig, out: Path, device: torch.device) -> DistillConfig:
+    """The configuration with what the run in `out` resolved, on this kind of device, where it says auto."""
+    stored = read_json(out / RUN_CONFIG) if (out / RUN_CONFIG).is_file() else None
+    if stored is None or not is_record(stored) or str(stored.get("device")).partition(" ")[0] != device.type:
+        return config
+    auto = {name for name in RESOLVED if getattr(config, name) in ("auto", None)}
+    values = {name: value for name, value in stored["config"].items() if name in auto}
+    return resolve(DistillConfig, {**dataclasses.asdict(config), **values})
 
 
 def warn_of_other_code(stored: dict[str, Any], record: dict[str, Any]) -> None:
@@ -343,20 +297,12 @@ def warn_of_other_code(stored: dict[str, Any], record: dict[str, Any]) -> None:
         )
 
 
-def select_classes(model: DiT, path: str | None) -> tuple[tuple[str, ...], list[int]]:
-    """The run's class folders and the model's label of each: from a class list, or the model's classes."""
-    known = model.config.classes or tuple(str(label) for label in range(model.config.num_classes))
-    names = check_classes(known) if path is None else read_class_list(Path(path))
-    for name in names:
-        if name not in known:
-            listed = " ".join(known[:10]) + (" ..." if len(known) > 10 else "")
-            raise InputError(f"the model has no class {name!r}; known: {listed}")
-    return names, [known.index(name) for name in names]
-
-
-def time_call(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of the second of two calls."""
-    call()
-    started = time.perf_counter()
-    call()
+    started = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter() - started

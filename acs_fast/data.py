@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +76,53 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     if not names:
         raise InputError(f"class list {path} is empty; give a text file, one class a line")
     return check_classes(names)
+
+
+@functools.cache
+def imagenet_classes() -> tuple[str, ...]:
+    """The 1000 WordNet ids of ImageNet-1K in label order (sorted): what its class folders are called."""
+    return tuple((ASSETS / "imagenet_classes.txt").read_text().split())
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """The names that `--classes` gives: comma-separated ones, or those of a text file, one a line.
+
+    Raises InputError for a file that cannot be read, no name at all, or one that is no plain folder name.
+    """
+    if os.path.isfile(text) or ("," not in text and ("/" in text or text.endswith(".txt"))):
+        return read_class_list(Path(text))
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError(f"--classes is {text!r}, it must name classes or a text file, one class a line")
+    return check_classes(names)
+
+
+def class_labels(names: tuple[str, ...], known: tuple[str, ...]) -> list[int]:
+    """A model's label of each name: a class of `known`, else, in digits, a label; InputError for neither."""
+    labels = []
+    for name in names:
+        if name in known:
+            labels.append(known.index(name))
+        elif name.isascii() and name.isdigit() and int(name) < len(known):
+            labels.append(int(name))
+        else:
+            listed = " ".join(known[:10]) + (" ..." if len(known) > 10 else "")
+            raise InputError(
+                f"the model has no class {name!r}; known: {listed}, or by label 0 to {len(known) - 1}"
+            )
+    return labels
+
+
+def select_classes(known: tuple[str, ...], text: str | None) -> tuple[tuple[str, ...], list[int]]:
+    """The run's class folders and the model's label of each, from `--classes`; all of `known` without it.
+
+    known: the model's class names in label order. A class that is given as its label gets its name, so that
+    the folders are the same however it was named. Raises InputError for an unknown or repeated class.
+    """
+    if text is None:
+        return check_classes(known), list(range(len(known)))
+    labels = class_labels(parse_classes(text), known)
+    return check_classes(tuple(known[label] for label in labels)), labels
 
 
 def check_classes(names: tuple[str, ...]) -> tuple[str, ...]:

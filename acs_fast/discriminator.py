@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acs_fast.augment import random_resized_crop
-from acs_fast.config import DistillConfig
+from acs_fast import graph
+from acs_fast.augment import random_resized_crop, to_device
+from acs_fast.config import DistillConfig, InputError
 from acs_fast.data import DIGITS
 from acs_fast.models.classifier import build_classifier
 from acs_fast.writer import read_tensors, write_tensors
 
 WEIGHT_DECAY = 0.01
+WARMUP_STEPS = 3  # before a capture: libraries load their kernels and the optimizer makes its state
+SHOWN_EVERY = 20  # steps: reading the loss for the progress bar waits for the device
 
 
 class Classifiers:
@@ -35,6 +40,7 @@ class Classifiers:
     ):
         self.config, self.device, self.folder = config, device, folder
         self.shape = (in_channels, num_classes, size)
+        self.trainer: Trainer | None = None  # made by the first training, kept: its step is captured once
         self.build("check")  # a network that does not fit is refused before anything is written
 
     def build(self, name: str) -> nn.Module:
@@ -57,29 +63,43 @@ class Classifiers:
         data: makes the images and labels to train on. previous: makes the classifier from whose weights to
         start, instead of new ones. Neither is called for a classifier that is in the folder.
         """
-        network, c = self.build(name), self.config
+        network = self.build(name)
         state = read_tensors(self._path(name))
         if state is not None:
             network.load_state_dict(state)
         else:
-            if previous is not None:
-                network.load_state_dict(previous().state_dict())
-            images, labels = data()
-            losses = train_classifier(
-                network.requires_grad_(True),
-                images,
-                labels,
-                steps=steps,
-                lr=c.discriminator_lr,
-                batch_size=c.discriminator_batch_size,
-                mirror=c.real != DIGITS,
-                seed=self._seed(name),
-            )
-            with tqdm(losses, total=steps, desc=title, unit="step", disable=None) as progress:
-                for loss in progress:
-                    progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            initial = (network if previous is None else previous()).state_dict()
+            network.load_state_dict(self._train(name, title, initial, *data(), steps))
             write_tensors(self._path(name), network.state_dict())
         return network.eval().requires_grad_(False)
+
+    def _train(
+        self, name: str, title: str, initial: dict[str, Any], images: Tensor, labels: Tensor, steps: int
+    ) -> dict[str, Any]:
+        """The weights that training from `initial` ends with; InputError if they are not finite."""
+        c = self.config
+        self.trainer = self.trainer or Trainer(self.build(name))
+        losses = self.trainer.fit(
+            initial,
+            images,
+            labels,
+            steps=steps,
+            lr=c.discriminator_lr,
+            batch_size=c.discriminator_batch_size,
+            mirror=c.real != DIGITS or self.shape[0] != 1,  # a mirrored digit is none
+            seed=self._seed(name),
+        )
+        with tqdm(losses, total=steps, desc=title, unit="step", disable=None) as progress:
+            for step, loss in enumerate(progress, start=1):
+                if step % SHOWN_EVERY == 0 or step == steps:
+                    progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        state = self.trainer.network.state_dict()
+        if not all(bool(torch.isfinite(values).all()) for values in state.values()):
+            raise InputError(
+                f"{title}: the trained weights are not finite; lower --discriminator-lr, which is "
+                f"{c.discriminator_lr:g}, or check the images it was trained on"
+            )
+        return state
 
     def is_trained(self, name: str) -> bool:
         """Whether the folder holds the classifier, readable."""
@@ -92,6 +112,123 @@ class Classifiers:
         return random.Random(f"{self.config.seed} {name}").getrandbits(63)
 
 
+class Bucket(NamedTuple):
+    """The static memory of a batch shape, and the training step on what lies in it."""
+
+    batch: Tensor
+    labels: Tensor
+    step: Callable[[], None]
+
+
+class Trainer:
+    """Trains one network again and again, from other weights on other images, in the same memory.
+
+    Network, AdamW's state, the batch and its labels stay where they are. So on a GPU the training step is
+    one CUDA graph for each batch shape, captured when the shape first comes and replayed ever after: a new
+    discriminator is copied into it.
+    """
+
+    def __init__(self, network: nn.Module, capture: bool | None = None):
+        """capture: whether the step is captured; default: on a GPU."""
+        self.network = network.train().requires_grad_(True)
+        self.device = next(network.parameters()).device
+        self.capture = self.device.type == "cuda" if capture is None else capture
+        self.loss = torch.zeros((), device=self.device)
+        options: dict[str, Any] = {"lr": 0.0}
+        if self.capture:  # a graph reads the rate when it is replayed, so that it must lie on the device
+            options = {"lr": torch.zeros((), device=self.device), "capturable": True, "fused": True}
+        self.optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY, **options)
+        self.buckets: dict[torch.Size, Bucket] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def fit(
+        self,
+        initial: dict[str, Any],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        steps: int,
+        lr: float,
+        batch_size: int,
+        mirror: bool,
+        seed: int,
+    ) -> Iterator[Tensor]:
+        """Train `network` from the weights `initial` as `train_classifier` says; yield every step's loss.
+
+        images: as there, in any floating dtype, on the network's device or, where they are many, on the CPU.
+        A loss is a 0-d tensor on the device: nothing waits for the device before somebody reads it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        batch_size = min(batch_size, len(labels))
+        rates = [lr * 0.5 * (1.0 + math.cos(math.pi * step / steps)) for step in range(steps)]
+        initial = {name: values.clone() for name, values in initial.items()}  # may be the network's own
+        batch, targets, step_once = self._bucket(torch.Size((batch_size, *images.shape[1:])))
+        self._reset(initial)
+        labels, table = labels.to(self.device), torch.tensor(rates, device=self.device)
+        order = torch.empty(0, dtype=torch.long)
+        for step, rate in enumerate(rates):
+            if len(order) < batch_size:  # what is left of an epoch is dropped: every batch is full
+                order = torch.randperm(len(labels), generator=generator)
+            picked, order = order[:batch_size], order[batch_size:]
+            rows = to_device(picked, self.device)
+            chosen = images[rows] if images.device == self.device else to_device(images[picked], self.device)
+            batch.copy_(random_resized_crop(chosen.to(batch.dtype), mirror, generator))
+            targets.copy_(labels[rows])
+            self._set_rate(rate, table[step])
+            step_once()
+            yield self.loss.clone()
+
+    def _bucket(self, shape: torch.Size) -> Bucket:
+        if shape not in self.buckets:
+            batch = torch.zeros(shape, device=self.device)
+            labels = torch.zeros(shape[0], dtype=torch.long, device=self.device)
+            step: Callable[[], None]
+            step = partial(_train_step, self.network, batch, labels, self.optimizer, self.loss)
+            if self.capture:
+                step = self._captured(step)
+            self.buckets[shape] = Bucket(batch, labels, step)
+        return self.buckets[shape]
+
+    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """The replay of `step` as a CUDA graph; the warm-up trains on zeros, so `_reset` must follow.
+
+        The graphs share one pool: they replay one after another, and none reads what another left there.
+        """
+
+        def warm_up() -> None:
+            for _ in range(WARMUP_STEPS):
+                step()
+
+        with torch.cuda.device(self.device):
+            return graph.capture(step, warm_up, self.pool).replay
+
+    def _set_rate(self, rate: float, on_device: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(on_device)
+            else:
+                group["lr"] = rate
+
+    @torch.no_grad()
+    def _reset(self, initial: dict[str, Any]) -> None:
+        """Start anew in place: these weights, and AdamW as before its first step."""
+        self.network.load_state_dict(initial)
+        for state in self.optimizer.state.values():
+            for values in state.values():
+                values.zero_()
+
+
+def _train_step(
+    network: nn.Module, batch: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, loss_out: Tensor
+) -> None:
+    """One AdamW step on hard labels: what is run eagerly on a CPU and captured on a GPU."""
+    loss = F.cross_entropy(network(batch), labels)
+    optimizer.zero_grad()  # to None: a captured backward pass then makes the gradients in the graph's memory
+    loss.backward()
+    optimizer.step()
+    loss_out.copy_(loss.detach())
+
+
 def train_classifier(
     network: nn.Module,
     images: Tensor,
@@ -102,33 +239,28 @@ def train_classifier(
     batch_size: int,
     mirror: bool,
     seed: int,
-) -> Iterator[float]:
+) -> Iterator[Tensor]:
     """Train in place with AdamW and a cosine rate on hard labels, and yield the loss of every step.
 
-    images: fp32 [N, C, H, W] in the model's range; labels: int64 [N].
+    images: fp32 [N, C, H, W] in the model's range; labels: int64 [N]. A loss is a 0-d tensor on the device.
     Every epoch is a new permutation drawn from `seed`.
     """
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
-    generator = torch.Generator().manual_seed(seed)
-    batch_size = min(batch_size, len(labels))
-    order = torch.empty(0, dtype=torch.long)
-    network.train()
-    for step in range(steps):
-        if len(order) < batch_size:
-            order = torch.randperm(len(labels), generator=generator)
-        rows, order = order[:batch_size].to(images.device), order[batch_size:]
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        batch = random_resized_crop(images[rows], mirror, generator)
-        loss = F.cross_entropy(network(batch), labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.item()
+    return Trainer(network).fit(
+        network.state_dict(),
+        images,
+        labels,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        mirror=mirror,
+        seed=seed,
+    )
 
 
 @torch.no_grad()
 def score(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified right (bool [N]) and its cross-entropy (fp32 [N])."""
-    logits = torch.cat([network(part) for part in images.split(batch_size)])
+    """Whether each image is classified right (bool [N]) and its cross-entropy (fp32 [N]), on the device."""
+    dtype = next(network.parameters(), images).dtype
+    logits = torch.cat([network(part.to(dtype)) for part in images.split(batch_size)])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.argmax(dim=1) == labels, F.cross_entropy(logits, labels, reduction="none")

@@ -1,16 +1,21 @@
-"""The sampling step over the ops: static buffers, device tables, one fused guidance call a step."""
+"""The sampling step over the ops: static buffers, device tables, on CUDA one graph for a whole trajectory."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acs_fast import diffusion
+from acs_fast.attention import Attention
 from acs_fast.config import DistillConfig
+from acs_fast.denoiser import Denoiser
+from acs_fast.graph import capture
 from acs_fast.guidance import Guidance
 from acs_fast.kernels.compose import compose_guidance
 from acs_fast.kernels.structures import Network, Workspace, guidance_workspace
@@ -19,19 +24,40 @@ from acs_fast.models.dit import DiT
 from acs_fast.ops import Ops
 from acs_fast.sampler import use_learned_range
 
+TABLE_BYTES = {"cuda": 8 << 30, "cpu": 1 << 30}  # of modulations; a run of more classes fills the table again
+
 
 class StepEngine:
-    """Denoises batches as `acs_fast.sampler.denoise` does, by ops instead of eager PyTorch and autograd.
+    """Denoises batches as `acs_fast.sampler.denoise` does, by ops and the lean denoiser, on static buffers.
 
-    Everything that a step reads lies on the device: the coefficients in a table, its number in a counter.
-    Guidance by a ConvNet with `jacobian="identity"` is one call of `discriminator_guidance`; other networks
-    and the full Jacobian take autograd's gradient into `guided_step`.
+    Everything that a trajectory reads lies on the device and stays where it is: coefficients, timesteps and
+    modulations in tables, labels, indices, table rows, seed and step numbers, the discriminator's parameters.
+    So on CUDA the trajectory of a batch is one captured graph, guided and unguided sharing a memory pool, and
+    a curriculum only copies weights into it. A smaller batch is padded with copies of its last image.
+
+    Guidance by a ConvNet on the sample with `jacobian="identity"` is one call of `discriminator_guidance`;
+    other networks, spaces and the full Jacobian take autograd's gradient into `guided_step`.
+
+    class_labels: the model's labels of the run's classes, in the order in which they are sampled.
+    The model's packed weights move into the engine: afterwards the model cannot be called, except where
+    `jacobian="full"` needs it.
     """
 
-    def __init__(self, model: DiT, config: DistillConfig, ops: Ops, device: torch.device):
+    def __init__(
+        self,
+        model: DiT,
+        config: DistillConfig,
+        ops: Ops,
+        device: torch.device,
+        *,
+        batch_size: int,
+        class_labels: Sequence[int],
+        attention: Attention,
+    ):
         self.model, self.config, self.ops, self.device = model, config, ops, device
         shape = model.config
         self.shape = (shape.in_channels, shape.input_size, shape.input_size)
+        self.batch_size, self.class_labels = batch_size, list(class_labels)
         self.coefficients = diffusion.step_coefficients(config.num_sampling_steps)
         self.learned_range = config.sampler == "ddpm" and use_learned_range(model, config)
         numel = shape.in_channels * shape.input_size**2
@@ -46,101 +72,220 @@ class StepEngine:
             window=config.guidance_window,
             numel=numel,
         ).to(device)
+        timesteps = [c.timestep for c in self.coefficients]
+        self.denoiser = Denoiser(
+            model, ops, attention, timesteps=timesteps, batch_size=batch_size,
+            slots=table_slots(model, len(timesteps), batch_size, len(self.class_labels)),
+            with_variance=self.learned_range, pack=config.jacobian != "full",
+        )  # fmt: skip
+        self.timesteps = torch.tensor(timesteps, device=device)[:, None].repeat(1, 2 * batch_size)
+        self.x = torch.zeros(batch_size, *self.shape, device=device)
+        # labels and table rows of both branches, noise indices, discriminator targets: written by one copy
+        self.staging = torch.zeros(6, batch_size, dtype=torch.long, pin_memory=device.type == "cuda")
+        self.inputs = torch.zeros(6, batch_size, dtype=torch.long, device=device)
+        self.labels, self.rows = self.inputs[0:2].view(-1), self.inputs[2:4].view(-1)  # [2B]
+        self.indices, self.targets = self.inputs[4], self.inputs[5]
+        self.written = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         self.seed = torch.tensor([config.seed], device=device)
-        self.step = torch.zeros(1, dtype=torch.long, device=device)
-        self.guidance: Guidance | None = None
+        # a pair each, so that every step's number lies on 16 bytes: Triton compiles per alignment
+        numbers = [*range(config.num_sampling_steps), diffusion.NUM_TRAIN_TIMESTEPS]
+        self.steps = torch.tensor(numbers, device=device)[:, None].repeat(1, 2)
+        self.loaded: Guidance | None = None  # the last that `load` took
+        self.guidance: Guidance | None = None  # static copies: `load` writes into them
         self.network: Network | None = None
         self.workspace: Workspace | None = None
-        self.composed = False
+        self.guided, self.composed = False, False
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @property
+    def yields(self) -> int:
+        """How often `denoise` yields for a batch: after every step, or once after a graph's replay."""
+        return 1 if self.device.type == "cuda" else len(self.coefficients)
 
     def load(self, guidance: Guidance | None) -> None:
-        """Take a curriculum's guidance; None samples with classifier-free guidance alone."""
-        self.guidance, self.network = guidance, None
-        if guidance is None or guidance.jacobian != "identity":
+        """Take a curriculum's guidance, by copying its weights; None samples with CFG alone.
+
+        Only weights may differ between the guidances of an engine: a captured graph is not captured again.
+        """
+        self.loaded, self.guided = guidance, guidance is not None
+        if guidance is None:
             return
-        networks = [guidance.discriminator]
-        if guidance.objective == "learnability" and guidance.real_classifier is not None:
-            networks.append(guidance.real_classifier)
-        convnets = [network for network in networks if isinstance(network, ConvNet)]
-        whole = all(self.shape[1] % 2 ** (len(n.features) // 4) == 0 for n in convnets)  # no pool cuts a row
-        if len(convnets) == len(networks) and whole:
-            self.network = stack_convnets(
-                convnets, torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            )
+        dtype = torch.bfloat16 if self.denoiser.tokens.dtype == torch.bfloat16 else torch.float32
+        dtype = dtype if self.device.type == "cuda" else torch.float32
+        convnets = self._convnets(guidance)
+        if convnets:
+            stacked = stack_convnets(convnets, dtype)
+            if self.network is None:
+                self.network, self.guidance = stacked, guidance
+                self.workspace = guidance_workspace(self.x, stacked, stacked.blocks[0].bias.shape[1])
+            for static, new in zip(_tensors(self.network), _tensors(stacked), strict=True):
+                static.copy_(new)
+        elif self.guidance is None:
+            f_i, f_real = copy.deepcopy((guidance.discriminator, guidance.real_classifier))
+            self.guidance = dataclasses.replace(guidance, discriminator=f_i, real_classifier=f_real)
+            for network in self._modules(self.guidance):
+                network.to(dtype)
+        else:
+            for own, network in zip(self._modules(self.guidance), self._modules(guidance), strict=True):
+                own.load_state_dict(network.state_dict())
 
     def denoise(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        """Walk a batch from noise to images and yield x [B, C, H, W], one buffer, after every step.
+        """A batch from noise to images: yields x [n, C, H, W], a view of one buffer, `yields` times.
 
-        class_labels, indices: int64 [B], the noise's key with the seed and the step. targets: int64 [B], the
-        discriminator's label of each sample.
+        class_labels, indices: int64 [n] on the host, the noise's key with the seed and the step; n is at most
+        the engine's batch size. targets: int64 [n], the discriminator's label of each sample.
         """
-        labels = torch.cat((class_labels, torch.full_like(class_labels, self.model.null_label)))
-        timesteps = torch.empty_like(labels)
-        self.step.fill_(diffusion.NUM_TRAIN_TIMESTEPS)
-        x = self.ops.philox_normal(class_labels, indices, self.seed, self.step, shape=self.shape)
-        self.workspace = None
-        for step, c in reversed(list(enumerate(self.coefficients))):
-            self.step.fill_(step)
-            timesteps.fill_(c.timestep)
-            yield self._step(x, c, timesteps, labels, targets, indices)
+        if self.device.type != "cuda":
+            yield from self.walk(class_labels, indices, targets)
+            return
+        self._write(class_labels, indices, targets)
+        if self.guided not in self.graphs:
+            self.graphs[self.guided] = self._capture(self.guided)
+        self.graphs[self.guided].replay()
+        yield self.x[: len(class_labels)]
 
-    def _step(
-        self,
-        x: Tensor,
-        c: diffusion.StepCoefficients,
-        timesteps: Tensor,
-        labels: Tensor,
-        targets: Tensor,
-        indices: Tensor,
-    ) -> Tensor:
+    def walk(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """The same without a graph, step by step on any device."""
+        self._write(class_labels, indices, targets)
+        for x in self._trajectory(self.guided):
+            yield x[: len(class_labels)]
+
+    def _write(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> None:
+        n = len(class_labels)
+        if not 0 < n <= self.batch_size:
+            raise ValueError(f"a batch of {n} images: the engine was made for 1 to {self.batch_size}")
+        labels = class_labels.tolist()
+        start = self.class_labels.index(labels[0]) if labels[0] in self.class_labels else 0
+        # round the list: a table filled always in the same size, so that its rounding is that of any start
+        rows = self.denoiser.table.hold(labels, self.class_labels[start:] + self.class_labels[:start])
+        if self.written is not None:
+            self.written.synchronize()  # the staging buffer may still be on its way
+        self.staging[1], self.staging[3] = self.model.null_label, self.denoiser.table.slots
+        for number, values in ((0, class_labels), (2, torch.tensor(rows)), (4, indices), (5, targets)):
+            self.staging[number, :n], self.staging[number, n:] = values, values[-1]
+        self.inputs.copy_(self.staging, non_blocking=True)
+        if self.written is not None:
+            self.written.record()
+
+    def _capture(self, guided: bool) -> torch.cuda.CUDAGraph:
+        """The graph of a trajectory; `warm_up` runs one step of each kind that the trajectory has."""
+        kinds = {guided and self._active(step): step for step in range(len(self.coefficients))}
+
+        def warm_up() -> None:
+            for _ in range(2):
+                self._start()
+                for step in kinds.values():
+                    self._step(step, guided)
+
+        def trajectory() -> None:
+            for _ in self._trajectory(guided):
+                pass
+
+        return capture(trajectory, warm_up, self.pool)
+
+    def _trajectory(self, guided: bool) -> Iterator[Tensor]:
+        """Every launch of a batch, in an order that no value decides."""
+        self._start()
+        for step in reversed(range(len(self.coefficients))):
+            self._step(step, guided)
+            yield self.x
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        labels = self.labels[: self.batch_size]
+        self.ops.philox_normal(
+            labels, self.indices, self.seed, self.steps[-1, :1], shape=self.shape, out=self.x
+        )
+
+    def _active(self, step: int) -> bool:
+        low, high = self.config.guidance_window
+        return low <= self.coefficients[step].timestep / diffusion.NUM_TRAIN_TIMESTEPS <= high
+
+    @torch.no_grad()
+    def _step(self, step: int, guided: bool) -> None:
         """One step in place: the denoiser, then (1) to (4)."""
-        class_labels = labels[: len(x)]
         keywords = {
             "cfg_channels": min(self.config.cfg_channels or self.shape[0], self.shape[0]),
             "clip": bool(self.config.clip_denoised),
             "learned_range": self.learned_range,
+            "out": self.x,
         }
-        guided = self.guidance is not None and self.guidance.active(c)
-        if not guided or self.network is not None:
-            with torch.no_grad():
-                denoised = self.model(torch.cat((x, x)), timesteps, labels)
-        tables = (self.seed, self.step, self.table)
-        if guided and self.network is not None and self.guidance is not None:
-            groups = self.network.blocks[0].bias.shape[1]
-            self.workspace = self.workspace or guidance_workspace(x, self.network, groups)
-            return self._guide(
-                x, denoised, class_labels, indices, targets, *tables, self.network,
-                groups=groups, activation="relu", objective=self.guidance.objective,
-                omega=self.guidance.omega, workspace=self.workspace, out=x, **keywords,
-            )  # fmt: skip
+        labels = self.labels[: self.batch_size]
+        tables = (self.seed, self.steps[step, :1], self.table)
         gradient = None
-        if guided and self.guidance is not None:
-            denoised, gradient = self._autograd(x, c, timesteps, labels, targets)
-        return self.ops.guided_step(x, denoised, class_labels, indices, *tables, gradient, out=x, **keywords)
+        guided = guided and self._active(step)
+        if guided and self.network is None:
+            denoised, gradient = self._autograd(step)
+        else:
+            denoised = self.denoiser(self.x, step, self.rows)
+        if guided and self.network is not None and self.guidance is not None:
+            self._guide(
+                self.x, denoised, labels, self.indices, self.targets, *tables, self.network,
+                groups=self.network.blocks[0].bias.shape[1], activation="relu",
+                objective=self.guidance.objective, omega=self.guidance.omega,
+                workspace=self.workspace, **keywords,
+            )  # fmt: skip
+        else:
+            self.ops.guided_step(self.x, denoised, labels, self.indices, *tables, gradient, **keywords)
 
-    def _guide(self, *tensors: Any, **keywords: Any) -> Tensor:
+    def _guide(self, *tensors: Any, **keywords: Any) -> None:
         """`discriminator_guidance`; composed of single ops, said once, where its kernel refuses the shape."""
         if not self.composed:
             try:
-                return self.ops.discriminator_guidance(*tensors, **keywords)
+                self.ops.discriminator_guidance(*tensors, **keywords)
+                return
             except ValueError as refusal:
                 print(f"guidance is composed of single ops here: {refusal}", file=sys.stderr)
                 self.composed = True
-        return compose_guidance(self.ops, *tensors, **keywords)
+        compose_guidance(self.ops, *tensors, **keywords)
 
-    def _autograd(
-        self, x: Tensor, c: diffusion.StepCoefficients, timesteps: Tensor, labels: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The denoiser's output and the gradient of (3), for networks and Jacobians that no op computes."""
+    def _autograd(self, step: int) -> tuple[Tensor, Tensor]:
+        """The denoiser's output and the gradient of (3), for what no op computes."""
         assert self.guidance is not None
-        leaf, channels = x.detach().clone(), len(x[0])
-        with torch.set_grad_enabled(self.guidance.jacobian == "full"):
-            leaf.requires_grad_(self.guidance.jacobian == "full")
-            denoised = self.model(torch.cat((leaf, leaf)), timesteps, labels)
-            cond, null = denoised[:, :channels].chunk(2)
+        c, channels = self.coefficients[step], self.shape[0]
+        full = self.guidance.jacobian == "full"
+        x = self.x.clone().requires_grad_(full)
+        with torch.set_grad_enabled(full):
+            if full:
+                dtype = self.model.pos_embed.dtype
+                denoised = self.model(torch.cat((x, x)).to(dtype), self.timesteps[step], self.labels)
+            else:
+                denoised = self.denoiser(x, step, self.rows)
+            cond, null = denoised[:, :channels].to(x.dtype).chunk(2)
             eps = diffusion.classifier_free_guidance(
                 cond, null, self.config.cfg_scale, self.config.cfg_channels
             )
-            pred_xstart = diffusion.predict_xstart(leaf, eps, c)
-        gradient = self.guidance.gradient(leaf, pred_xstart, targets, bool(self.config.clip_denoised))
+            pred_xstart = diffusion.predict_xstart(x, eps, c)
+        gradient = self.guidance.gradient(x, pred_xstart, self.targets, bool(self.config.clip_denoised))
         return denoised.detach(), gradient.contiguous()
+
+    def _convnets(self, guidance: Guidance) -> list[ConvNet]:
+        """The networks of a guidance that `discriminator_guidance` computes; empty if autograd must."""
+        if guidance.jacobian != "identity" or guidance.decode is not None:
+            return []
+        networks = self._modules(guidance)
+        convnets = [network for network in networks if isinstance(network, ConvNet)]
+        whole = all(self.shape[1] % 2 ** (len(n.features) // 4) == 0 for n in convnets)  # no pool cuts a row
+        return convnets if len(convnets) == len(networks) and whole else []
+
+    @staticmethod
+    def _modules(guidance: Guidance) -> list[nn.Module]:
+        used = guidance.objective == "learnability" and guidance.real_classifier is not None
+        return [guidance.discriminator, *([guidance.real_classifier] if used else [])]  # type: ignore[list-item]
+
+
+def _tensors(network: Network) -> list[Tensor]:
+    return [tensor for group in (*network.blocks, network.head) for tensor in group]
+
+
+def table_slots(model: DiT, steps: int, batch_size: int, num_classes: int) -> int:
+    """Classes that the modulation table holds at a time: all of a run's if they fit, at least a batch's."""
+    fitting = TABLE_BYTES[model.pos_embed.device.type] // table_bytes(model, steps)
+    return min(num_classes, max(batch_size, fitting))
+
+
+def table_bytes(model: DiT, steps: int) -> int:
+    """Bytes of a class in the modulation table."""
+    shape = model.config
+    return steps * (6 * shape.depth + 2) * shape.hidden_size * model.pos_embed.element_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,17 +49,21 @@ class Guidance:
     trust_radius: str
     window: tuple[float, float]
     jacobian: str
+    # what the classifiers see of x0: z = decode(x0), differentiable ([B, C, H, W] to [B, 3, S, S]); None: x0
+    decode: Callable[[Tensor], Tensor] | None = None
+    decode_batch: int | None = None  # so many samples are decoded and differentiated at a time; None: all
 
     def active(self, c: StepCoefficients) -> bool:
         """w(t): whether t / T lies in the guided window."""
         return self.window[0] <= c.timestep / NUM_TRAIN_TIMESTEPS <= self.window[1]
 
-    def value(self, z: Tensor, class_labels: Tensor) -> Tensor:
-        """L(z, y) per sample, fp32 [B], of predicted clean samples z [B, C, H, W]."""
-        logits = self.discriminator(z)
+    def value(self, pred_xstart: Tensor, class_labels: Tensor) -> Tensor:
+        """L(z, y) per sample, [B] in fp32 or wider, of predicted clean samples x0 [B, C, H, W]."""
+        z = pred_xstart if self.decode is None else self.decode(pred_xstart)
+        logits = _logits(self.discriminator, z)
         if self.objective == "learnability":
             assert self.real_classifier is not None
-            return learnability(logits, self.real_classifier(z), class_labels, self.omega)
+            return learnability(logits, _logits(self.real_classifier, z), class_labels, self.omega)
         return (adversarial if self.objective == "adversarial" else nonsaturating)(logits, class_labels)
 
     def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
@@ -69,18 +74,27 @@ class Guidance:
         return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
 
     def gradient(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
-        """g of (3): [B, C, H, W].
+        """g of (3): [B, C, H, W] in the dtype of x.
 
-        jacobian `identity`: g = dL/dz at z = x0; d x0 / d x_t is a factor 1 / sqrt(a_t) the norm removes.
+        jacobian `identity`: g = dL/dx0 at z = x0 or z = decode(x0); d x0 / d x_t is a factor 1 / sqrt(a_t)
+        that the norm removes.
         jacobian `full`: g = dL/dx_t through the denoiser; pred_xstart must be a differentiable function of x.
-        clip: z is x0 clamped to [-1, 1], and the gradient passes straight through the clamp.
+        clip: x0 is clamped to [-1, 1], and the gradient passes straight through the clamp.
         """
-        z = pred_xstart.detach()
-        z = (z.clamp(-1.0, 1.0) if clip else z).requires_grad_()
-        with torch.enable_grad():
-            (g,) = torch.autograd.grad(self.value(z, class_labels).sum(), z)
+        x0 = pred_xstart.detach()
+        x0 = x0.clamp(-1.0, 1.0) if clip else x0
+        size = self.decode_batch or len(x0)
+        parts = zip(x0.split(size), class_labels.split(size), strict=True)
+        g = torch.cat([self._gradient_at(*part) for part in parts])
         if self.jacobian == "full":
             (g,) = torch.autograd.grad(pred_xstart, x, g)
+        return g.to(x.dtype)
+
+    def _gradient_at(self, x0: Tensor, class_labels: Tensor) -> Tensor:
+        """dL/dx0 [B, C, H, W]; each value depends on its own sample alone, so one sum gives them all."""
+        x0 = x0.detach().requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(self.value(x0, class_labels).sum(), x0)
         return g
 
     def radius(self, eps: Tensor, c: StepCoefficients) -> Tensor:
@@ -93,3 +107,9 @@ class Guidance:
             return torch.full_like(eps[:, :1, :1, :1], self.scale * c.sigma * math.sqrt(eps[0].numel()))
         norm = torch.linalg.vector_norm(eps, dim=(1, 2, 3), keepdim=True)
         return self.scale * math.sqrt(1.0 - c.alpha_cumprod) * norm
+
+
+def _logits(network: nn.Module, z: Tensor) -> Tensor:
+    """[B, K] by a network in its own dtype, returned in fp32 or wider."""
+    logits = network(z.to(next(network.parameters(), z).dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

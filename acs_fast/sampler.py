@@ -27,9 +27,10 @@ def denoise(
     class_labels, indices: int64 [B] on the model's device; they key the noise, with config.seed and the step.
     guidance: None samples with classifier-free guidance alone (the first curriculum).
     targets: int64 [B], the discriminator's label of each sample; default the denoiser's own.
+    The denoiser may run in another dtype; x, and what is made of the denoiser's output, stays fp32.
     """
     shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
-    channels = shape[0]
+    channels, dtype = shape[0], next(model.parameters()).dtype
     targets = class_labels if targets is None else targets
     labels = torch.cat((class_labels, torch.full_like(class_labels, model.null_label)))
     coefficients = diffusion.step_coefficients(config.num_sampling_steps)
@@ -46,7 +47,8 @@ def denoise(
         with torch.set_grad_enabled(through_denoiser):
             x = x.detach().requires_grad_(through_denoiser)
             timesteps = torch.full_like(labels, c.timestep)
-            cond, null = model(torch.cat((x, x)), timesteps, labels).chunk(2)
+            denoised = model(torch.cat((x, x)).to(dtype), timesteps, labels).to(x.dtype)
+            cond, null = denoised.chunk(2)
             eps = diffusion.classifier_free_guidance(  # (1)
                 cond[:, :channels], null[:, :channels], config.cfg_scale, config.cfg_channels
             )

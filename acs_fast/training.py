@@ -18,7 +18,8 @@ from acs_fast.config import InputError, TrainConfig
 from acs_fast.data import ImageSet, load_images, to_model_range
 from acs_fast.diffusion import NUM_TRAIN_TIMESTEPS, step_coefficients
 from acs_fast.environment import resolve_device
-from acs_fast.models.dit import DiT, DiTConfig, checkpoint_bytes
+from acs_fast.models.checkpoint import checkpoint_bytes
+from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.writer import lock, write_atomic, write_json
 
 WARMUP_STEPS = 200

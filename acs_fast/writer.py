@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def encode_png(image: Tensor) -> bytes:
-    """uint8 [C, H, W] with 1 or 3 channels to the bytes of an 8-bit L or RGB PNG."""
-    pixels = image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
+    """uint8 [H, W, C] with 1 or 3 channels to the bytes of an 8-bit L or RGB PNG."""
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
     buffer = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -195,10 +195,9 @@ class Manifest:
         """Whether every (class, index) has a row and its image file is the one written then."""
         return all(key in self.rows and self._digest(key) == self.rows[key]["sha256"] for key in keys)
 
-    def append(self, images: Tensor, rows: list[dict[str, Any]]) -> None:
-        """Write a batch's images (uint8 [B, C, H, W]), then its rows, to which it adds the file's SHA-256."""
-        for image, row in zip(images, rows, strict=True):
-            data = encode_png(image)
+    def append(self, encoded: Iterable[bytes], rows: list[dict[str, Any]]) -> None:
+        """Write a batch's encoded images, then its rows, to which it adds the file's SHA-256."""
+        for data, row in zip(encoded, rows, strict=True):
             write_atomic(self.image_path((row["class"], row["index"])), data)
             row["sha256"] = hashlib.sha256(data).hexdigest()
             self.rows[row["class"], row["index"]] = row

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from acs_fast import InputError, distill
 from acs_fast.config import DistillConfig, EvaluateConfig, TrainConfig, resolve
 from acs_fast.data import ASSETS
-from acs_fast.models.dit import DiT, DiTConfig, save_checkpoint
+from acs_fast.models.checkpoint import save_checkpoint
+from acs_fast.models.dit import DiT, DiTConfig
 from tests.runs import contents, refused
 
 
@@ -91,10 +92,10 @@ def test_a_truncated_checkpoint(tmp_path: Path, capsys) -> None:
     assert "is damaged" in refused(["distill", "--model", str(tmp_path / "model.safetensors")], capsys)
 
 
-def test_a_latent_model_is_refused_before_anything_is_written(tmp_path: Path, capsys) -> None:
+def test_a_latent_model_without_its_vae_is_refused_before_anything_is_written(tmp_path: Path, capsys) -> None:
     save_checkpoint(DiT(DiTConfig(8, 2, 4, 16, 1, 2, 2)), tmp_path / "latent.safetensors")
     flags = ["--model", str(tmp_path / "latent.safetensors"), "--out", str(tmp_path / "run")]
-    assert "4-channel latents" in refused(["distill", *flags], capsys)
+    assert str(tmp_path / "vae") in refused(["distill", *flags, "--vae", str(tmp_path / "vae")], capsys)
     assert not (tmp_path / "run").exists()
 
 

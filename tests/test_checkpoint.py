@@ -1,24 +1,28 @@
 """Checkpoints of the DiT: our safetensors and official `.pt` files, good and bad."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from acs_fast.config import InputError
-from acs_fast.data import ASSETS
-from acs_fast.models.dit import (
-    DiTConfig,
+from acs_fast.data import ASSETS, imagenet_classes
+from acs_fast.models.checkpoint import (
     _infer_official_config,
     checkpoint_bytes,
+    digest,
     load_checkpoint,
-    official_config,
     save_checkpoint,
 )
+from acs_fast.models.dit import DiT, DiTConfig, official_config
 from tests.dit_reference import SMALL, inputs, official_shapes, plain_forward, randomised
 
 CONFIG = json.dumps(dataclasses.asdict(SMALL))
@@ -58,6 +62,33 @@ def test_half_precision_checkpoint_loads_as_fp32(tmp_path):
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * 4 * sum(
         p.numel() for p in model.parameters()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_checkpoint_loads_in_the_given_dtype(checkpoint, dtype):
+    stored, loaded = load_checkpoint(checkpoint).state_dict(), load_checkpoint(checkpoint, dtype).state_dict()
+    for name, value in stored.items():
+        assert loaded[name].dtype == dtype
+        assert torch.equal(loaded[name], value.to(dtype)), name
+
+
+def test_constants_of_diffusers_are_kept(tmp_path):
+    config = dataclasses.replace(SMALL, mlp_norm_eps=1e-3, downscale_freq_shift=1)
+    model = randomised(config)
+    save_checkpoint(model, tmp_path / "other.safetensors", torch.float32)
+    loaded = load_checkpoint(tmp_path / "other.safetensors")
+    assert loaded.config == config and loaded.blocks[1].norm2.eps == 1e-3
+    output = model(*inputs(SMALL, 2))
+    assert torch.equal(output, loaded(*inputs(SMALL, 2)))
+    for change in ({"mlp_norm_eps": 1e-6}, {"downscale_freq_shift": 0}):
+        other = randomised(dataclasses.replace(config, **change))
+        assert not torch.allclose(output, other(*inputs(SMALL, 2)))
+
+
+def test_digest_of_a_file_is_its_sha256(checkpoint, tmp_path):
+    assert digest(checkpoint) == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    with pytest.raises(InputError, match=r"there is no checkpoint .*none\.pt"):
+        digest(tmp_path / "none.pt")
 
 
 def test_the_same_weights_are_the_same_bytes():
@@ -133,15 +164,47 @@ def test_missing_and_extra_tensors_are_named(tmp_path, change):
         load_checkpoint(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("layout", ["plain", "ema"])
+def test_first_five_missing_and_unexpected_tensors_are_named(tmp_path):
+    state = randomised(SMALL).state_dict()
+    moved = [name for name in state if name.startswith("blocks.1.")]
+    for name in moved:
+        state[name.replace("blocks.1.", "blocks.2.")] = state.pop(name)
+    save_file(state, tmp_path / "other.safetensors", {"config": CONFIG})
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(tmp_path / "other.safetensors")
+    unexpected = sorted(name.replace("blocks.1.", "blocks.2.") for name in moved)
+    for kind, names in (("no ", moved), ("the unexpected ", unexpected)):
+        assert f"it has {kind}{', '.join(names[:5])} and {len(moved) - 5} more" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_first_tensor_with_a_bad_value_is_named(tmp_path, official_state, value, suffix):
+    state = official_state if suffix == ".pt" else randomised(SMALL).state_dict()
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state["blocks.1.mlp.fc2.weight"][3, 2] = value
+    state["final_layer.linear.bias"][0] = value
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".pt":
+        torch.save(state, path)
+    else:
+        save_file(state, path, {"config": CONFIG})
+    with pytest.raises(
+        InputError, match=r"bad\..*: blocks\.1\.mlp\.fc2\.weight holds NaN or infinite values"
+    ):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("layout", ["plain", "ema", "old-format"])
 def test_official_pt_loads_with_the_inferred_configuration(tmp_path, official_state, layout):
     other = {name: torch.zeros_like(value) for name, value in official_state.items()}
     stored = (
-        official_state
-        if layout == "plain"
-        else {"model": other, "ema": official_state, "opt": {}, "args": None}
+        {"model": other, "ema": official_state, "opt": {}, "args": None}
+        if layout == "ema"
+        else official_state
     )
-    torch.save(stored, tmp_path / "official.pt")
+    zipped = layout != "old-format"
+    torch.save(stored, tmp_path / "official.pt", _use_new_zipfile_serialization=zipped)
     model = load_checkpoint(tmp_path / "official.pt")
     expected = DiTConfig(32, 8, in_channels=4, hidden_size=384, depth=2, num_heads=6, num_classes=7)
     assert model.config == expected
@@ -157,8 +220,45 @@ def test_official_pt_loads_with_the_inferred_configuration(tmp_path, official_st
 def test_configuration_is_inferred_for_every_official_size(name, size):
     expected = official_config(name, size)
     shapes = official_shapes(expected.depth, expected.hidden_size, expected.patch_size, size=size)
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert _infer_official_config(state) == expected
+    assert _infer_official_config(shapes) == expected
+
+
+def test_official_imagenet_model_has_the_wnids(tmp_path):
+    shapes = official_shapes(depth=1, d=384, patch=8)
+    torch.save({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "imagenet.pt")
+    assert load_checkpoint(tmp_path / "imagenet.pt").config.classes == imagenet_classes()
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from acs_fast.models.checkpoint import load_checkpoint
+
+def megabytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+load_checkpoint(Path(sys.argv[1]), torch.bfloat16)  # a small one, for what is imported and cached once
+before = megabytes("VmRSS")
+load_checkpoint(Path(sys.argv[2]), torch.bfloat16)
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_loading_needs_little_more_than_the_weights(tmp_path, checkpoint, suffix):
+    model = DiT(official_config("DiT-S/2"))
+    path = tmp_path / f"large{suffix}"
+    if suffix == ".pt":
+        torch.save(model.state_dict(), path)
+    else:
+        save_checkpoint(model, path, torch.float32)
+    command = [sys.executable, "-c", PEAK, str(checkpoint), str(path)]
+    root = Path(__file__).resolve().parent.parent
+    peak = float(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
+    weights = 2 * sum(p.numel() for p in model.parameters()) / 2**20
+    assert 0.9 * weights < peak < weights + 80 < 3 * weights  # the file alone is twice the weights in bf16
 
 
 class Trap:

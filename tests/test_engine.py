@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from acs_fast import ops
+from acs_fast.attention import Attention
 from acs_fast.config import DistillConfig
+from acs_fast.diffusion import step_coefficients
 from acs_fast.engine import StepEngine
 from acs_fast.guidance import Guidance
 from acs_fast.models import classifier
@@ -51,9 +54,19 @@ def setting(size: int = 8, **settings: object) -> tuple[DistillConfig, DiT, Guid
 
 def by_ops(backend: str, config: DistillConfig, model: DiT, guidance: Guidance | None) -> torch.Tensor:
     """The trajectory [steps, B, C, H, W] through the ops of a backend."""
-    engine = StepEngine(model, config, ops.select(backend, CPU), CPU)
+    # the denoiser's own ops are the reference's: test_denoiser.py has them, and the interpreter is slow
+    step_ops = {op: backend for op in ops.OPS if op not in ("adaln", "gated_residual_adaln")}
+    engine = make_engine(config, model, ops.select(step_ops, CPU))
     engine.load(guidance)
     return torch.stack([x.clone() for x in engine.denoise(LABELS, INDICES, TARGETS)])
+
+
+def make_engine(config: DistillConfig, model: DiT, kernels: ops.Ops, batch_size: int = 2) -> StepEngine:
+    """An engine of a copy of the model, whose weights it may take."""
+    return StepEngine(
+        copy.deepcopy(model), config, kernels, CPU,
+        batch_size=batch_size, class_labels=[0, 1, 2], attention=Attention("math"),
+    )  # fmt: skip
 
 
 def plainly(config: DistillConfig, model: DiT, guidance: Guidance | None) -> torch.Tensor:
@@ -98,10 +111,35 @@ def test_a_shape_that_the_kernel_refuses_is_composed_of_the_other_ops_and_said(c
         raise ValueError("discriminator_guidance: this shape is too large")
 
     config, model, guidance = setting()
-    engine = StepEngine(
-        model, config, dataclasses.replace(ops.select("auto", CPU), discriminator_guidance=refuse), CPU
-    )
+    refusing = dataclasses.replace(ops.select("auto", CPU), discriminator_guidance=refuse)
+    engine = make_engine(config, model, refusing)
     engine.load(guidance)
     got = torch.stack([x.clone() for x in engine.denoise(LABELS, INDICES, TARGETS)])
     assert torch.equal(got, by_ops("reference", config, model, guidance))
     assert capsys.readouterr().err.count("this shape is too large") == 1
+
+
+def test_the_guided_window_is_closed() -> None:
+    config, model, _ = setting()
+    timesteps = [c.timestep / 1000 for c in step_coefficients(10)]
+    config = dataclasses.replace(config, guidance_window=(timesteps[2], timesteps[5]))
+    engine = make_engine(config, model, ops.select("auto", CPU))
+    assert [step for step in range(10) if engine._active(step)] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"discriminator": "resnet-18", "size": 16}], ids=["ops", "autograd"]
+)
+def test_a_second_guidance_is_copied_into_the_memory_of_the_first(settings) -> None:
+    config, model, guidance = setting(objective="learnability", **settings)
+    other = dataclasses.replace(
+        guidance, discriminator=guidance.real_classifier, real_classifier=guidance.discriminator
+    )
+    engine = make_engine(config, model, ops.select("auto", CPU))
+    for each in (guidance, other, None, guidance):
+        engine.load(each)
+        got = [x.clone() for x in engine.denoise(LABELS, INDICES, TARGETS)]
+        fresh = make_engine(config, model, ops.select("auto", CPU))
+        fresh.load(each)
+        expected = [x.clone() for x in fresh.denoise(LABELS, INDICES, TARGETS)]
+        assert torch.equal(torch.stack(got), torch.stack(expected))

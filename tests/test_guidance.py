@@ -15,11 +15,11 @@ SHAPE, NUM_CLASSES = (2, 3, 3), 4
 LABELS = torch.tensor([0, 3, 1, 2, 3])
 
 
-def network(seed):
-    """A smooth float64 classifier of [B, 2, 3, 3] into 4 classes."""
+def network(seed, inputs=18):
+    """A smooth float64 classifier of [B, 2, 3, 3], or of other `inputs`, into 4 classes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = nn.Sequential(nn.Flatten(), nn.Linear(18, 7), nn.Tanh(), nn.Linear(7, NUM_CLASSES))
+        layers = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 7), nn.Tanh(), nn.Linear(7, NUM_CLASSES))
     return layers.double().requires_grad_(False)
 
 
@@ -36,8 +36,40 @@ def samples(seed=0):
     return torch.randn(len(LABELS), *SHAPE, generator=generator, dtype=torch.float64)
 
 
+class Decoder(nn.Module):
+    """A smooth float64 stand-in for a VAE: [B, 2, 3, 3] to [B, 3, 6, 6]; `seen` has every batch's size."""
+
+    def __init__(self, seed, width):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first, last = nn.Conv2d(2, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.layers = nn.Sequential(first, nn.Tanh(), nn.Upsample(scale_factor=2), last)
+        self.layers.double().requires_grad_(False)
+        self.seen = []
+
+    def forward(self, latents):
+        self.seen.append(len(latents))
+        return self.layers(latents)
+
+
+SPACES = {"latent": lambda: None, "pixel": lambda: Decoder(5, 8), "pixel-tiny": lambda: Decoder(6, 3)}
+
+
+def make_in(space, objective="adversarial", **values):
+    """A guidance whose classifiers see what that space shows them."""
+    decode = SPACES[space]()
+    inputs = 18 if decode is None else 108
+    networks = {
+        "discriminator": network(1, inputs),
+        "real_classifier": network(2, inputs) if objective == "learnability" else None,
+    }
+    return make(objective, decode=decode, **{**networks, **values})
+
+
 def plain_value(guide, z, label):
     """L of one sample in plain probabilities, as METHOD.md's table writes it."""
+    z = z if guide.decode is None else guide.decode(z[None])[0]
     p = guide.discriminator(z[None])[0].exp()
     p = p[label] / p.sum()
     if guide.objective == "adversarial":
@@ -48,13 +80,13 @@ def plain_value(guide, z, label):
     return -math.log(p) + guide.omega * math.log(q[label] / q.sum())
 
 
-def finite_difference(guide, z, label, h=1e-5):
-    """Central differences of L at one sample, from the plain formula."""
+def finite_difference(guide, z, label, h=1e-5, x0=lambda x: x):
+    """Central differences of L(x0(z)) at one sample, from the plain formula."""
     gradient = torch.zeros_like(z)
     for i in range(z.numel()):
         step = torch.zeros_like(z)
         step.view(-1)[i] = h
-        rise = plain_value(guide, z + step, label) - plain_value(guide, z - step, label)
+        rise = plain_value(guide, x0(z + step), label) - plain_value(guide, x0(z - step), label)
         gradient.view(-1)[i] = rise / (2 * h)
     return gradient
 
@@ -218,3 +250,97 @@ def test_a_broken_discriminator_is_not_silently_ignored():
     broken[1].weight[0, 0] = math.nan
     z = samples()
     assert make(discriminator=broken).direction(z, z, LABELS).isnan().any()
+
+
+def mixed(x):
+    """A predicted x0 that is no multiple of x: a smooth map of [..., 2, 3, 3]."""
+    mix = torch.linspace(-2, 3, 18 * 18, dtype=torch.float64).sin().view(18, 18)
+    return 0.5 * x.sin() + (x.reshape(-1, 18) @ mix).tanh().view_as(x)
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_in_every_space_is_the_finite_difference(objective, space, jacobian):
+    guide, x = make_in(space, objective, jacobian=jacobian), samples().requires_grad_()
+    gradient = guide.gradient(x, mixed(x), LABELS)
+    direction = guide.direction(x, mixed(x), LABELS)
+    assert gradient.shape == x.shape and gradient.dtype == x.dtype and not gradient.requires_grad
+    for row, label, g, d in zip(x.detach(), LABELS.tolist(), gradient, direction, strict=True):
+        if jacobian == "full":
+            expected = finite_difference(guide, row, label, x0=mixed)
+        else:
+            expected = finite_difference(guide, mixed(row), label)
+        torch.testing.assert_close(g, expected, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(d, expected / expected.norm(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(guide.gradient(x, mixed(x), LABELS), gradient)
+
+
+def test_the_spaces_give_other_directions():
+    z = samples()
+    directions = [make_in(space).direction(z, z, LABELS) for space in SPACES]
+    for i, a in enumerate(directions):
+        for b in directions[:i]:
+            assert ((a * b).flatten(1).sum(dim=1) < 0.9).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_along_the_direction_raises_the_value_of_the_decode(objective):
+    guide, z = make_in("pixel", objective), samples()
+    before, step = guide.value(z, LABELS), 1e-4 * guide.direction(z, z, LABELS)
+    assert (guide.value(z + step, LABELS) > before).all()
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_gradient_passes_straight_through_the_clamp_of_x0(space):
+    guide, x0 = make_in(space), 3 * samples()
+    assert (x0.abs() > 1).any() and (x0.abs() < 1).any()
+    clipped = guide.gradient(x0, x0, LABELS, clip=True)
+    assert torch.equal(clipped, guide.gradient(x0, x0.clamp(-1, 1), LABELS))
+    assert (clipped != 0).all()
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+@pytest.mark.parametrize("decode_batch", [1, 2, 5, 9], ids=lambda n: f"by-{n}")
+def test_decoding_in_parts_gives_the_same_gradient(decode_batch, jacobian):
+    x = samples().requires_grad_()
+    whole = make_in("pixel", jacobian=jacobian).gradient(x, mixed(x), LABELS)
+    guide = make_in("pixel", jacobian=jacobian, decode_batch=decode_batch)
+    torch.testing.assert_close(guide.gradient(x, mixed(x), LABELS), whole)
+    assert sum(guide.decode.seen) == len(LABELS) and max(guide.decode.seen) == min(decode_batch, len(LABELS))
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_networks_in_bfloat16_give_a_float32_gradient(objective, space, jacobian):
+    def directed(guide, x):
+        x = x.requires_grad_()
+        return guide.direction(x, x.tanh(), LABELS)
+
+    guide = make_in(space, objective, jacobian=jacobian)
+    exact = directed(guide, samples())
+    for module in (guide.discriminator, guide.real_classifier, guide.decode):
+        if module is not None:
+            module.bfloat16()
+    decode = guide.decode and (lambda x0: guide.decode(x0.bfloat16()))  # as a VAE in bf16 does
+    low = dataclasses.replace(guide, decode=decode)
+    assert low.value(samples().float(), LABELS).dtype == torch.float32
+    direction = directed(low, samples().float())
+    assert direction.dtype == torch.float32
+    assert (direction.double() * exact).flatten(1).sum(dim=1).min() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_dtypes_are_computed_without_a_cast(dtype):
+    plain = network(1).to(dtype)
+    z = samples().to(dtype)
+    value = make(discriminator=plain).value(z, LABELS)
+    assert value.dtype == dtype and torch.equal(value, guidance.adversarial(plain(z), LABELS))
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+def test_the_gradient_has_the_dtype_of_x(jacobian):
+    x = samples().float().requires_grad_()
+    guide = make(discriminator=network(1).float(), jacobian=jacobian)
+    assert guide.gradient(x, x.bfloat16(), LABELS).dtype == torch.float32

@@ -87,7 +87,7 @@ VICTIM = """
 """
 
 POINTS = {
-    "sampling": ("sampler", "module.diffusion.ddpm_step", 7),
+    "sampling": ("engine", "module.StepEngine._step", 7),
     "discriminator": ("discriminator", "module.F.cross_entropy", 5),
     "writing": ("writer", "module.os.replace", 9),
 }
@@ -180,7 +180,7 @@ def test_a_run_is_continued_by_what_comes_to_the_same(tiny, tmp_path: Path, sett
     whole = contents(out)
     lose_the_last(out)
     device = json.loads((out / "config.json").read_text())["device"].split()[0]
-    same = {"device": device, "backend": "reference"}
+    same = {"device": device, "backend": "guided_step=reference"}
     same["model"] = shutil.copy(ASSETS / "digits-dit.safetensors", tmp_path / "copy.safetensors")
     same["classes"] = shutil.copy(two_digits, tmp_path / "copy.txt")
     assert contents(distill(tiny(**{"device": "auto", setting: str(same[setting])}))) == whole

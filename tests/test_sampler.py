@@ -1,5 +1,6 @@
 """The sampling loop against a naive float64 loop, written image by image from the equations of METHOD.md."""
 
+import copy
 import dataclasses
 import math
 
@@ -45,8 +46,25 @@ class Asinh(nn.Module):
         return torch.asinh(x)
 
 
-def make_network(seed):
-    return randomise(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Asinh(), nn.Linear(8, CLASSES)), 0.3, seed)
+def make_network(seed, inputs=64):
+    layers = nn.Flatten(), nn.Linear(inputs, 8), Asinh(), nn.Linear(8, CLASSES)
+    return randomise(nn.Sequential(*layers), 0.3, seed)
+
+
+class Decoder(nn.Module):
+    """A smooth stand-in for a VAE: [B, 4, 4, 4] to [B, 3, 8, 8]."""
+
+    def __init__(self, width, seed):
+        super().__init__()
+        first, last = nn.Conv2d(4, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.layers = nn.Sequential(first, Asinh(), nn.Upsample(scale_factor=2), last)
+        randomise(self, 0.3, seed)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+SPACES = {"latent": None, "pixel": Decoder(8, seed=5), "pixel-tiny": Decoder(3, seed=6)}
 
 
 def make_config(**settings):
@@ -55,9 +73,11 @@ def make_config(**settings):
 
 
 def make_guidance(config, dtype=torch.float32):
-    networks = make_network(1).to(dtype), make_network(2).to(dtype)
+    decode = copy.deepcopy(SPACES[config.guidance_space])
+    inputs = 64 if decode is None else 192
+    networks = make_network(1, inputs).to(dtype), make_network(2, inputs).to(dtype)
     how_far = config.guidance_scale, config.trust_radius, config.guidance_window, config.jacobian
-    return Guidance(config.objective, *networks, config.omega, *how_far)
+    return Guidance(config.objective, *networks, config.omega, *how_far, decode and decode.to(dtype))
 
 
 def walk(model, config, guidance=None, labels=LABELS, indices=INDICES, targets=None):
@@ -69,6 +89,7 @@ def walk(model, config, guidance=None, labels=LABELS, indices=INDICES, targets=N
 
 
 def naive_objective(guidance, z, target):
+    z = z if guidance.decode is None else guidance.decode(z[None])[0]
     p = guidance.discriminator(z[None])[0].softmax(0)[target]
     if guidance.objective == "adversarial":
         return -p.log()
@@ -171,6 +192,8 @@ def test_guided_sampling_follows_the_equations(float64_noise, name, objective, t
         {"guidance_window": (0.0, 1.0), "trust_radius": "eps"},
         {"num_sampling_steps": 2},
         {"num_sampling_steps": 9, "seed": 0},
+        {"guidance_space": "pixel", "clip_denoised": True},
+        {"guidance_space": "pixel-tiny", "clip_denoised": True, "jacobian": "full"},
     ],
     ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()),
 )
@@ -207,6 +230,9 @@ def test_settings_change_the_samples():
         {"objective": "learnability"},
         {"guidance_scale": 0.5},
         {"guidance_window": (0.2, 0.5)},
+        {"guidance_space": "pixel"},
+        {"guidance_space": "pixel-tiny"},
+        {"guidance_space": "pixel", "jacobian": "full"},
     ]
     configs = [make_config(**variant) for variant in variants]
     ends = [walk(make_model(), config, make_guidance(config))[-1] for config in configs]
@@ -289,3 +315,41 @@ def test_an_image_does_not_depend_on_its_batch(guided):
     for other in (torch.stack(alone), turned, larger):
         torch.testing.assert_close(other, batch, rtol=1e-3, atol=1e-4)
     assert torch.equal(walk(model, config, guidance)[-1], batch)  # and the same call gives the same bytes
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability"])
+def test_every_guidance_space_follows_the_equations(float64_noise, objective, space, jacobian):
+    config = make_config(objective=objective, guidance_space=space, jacobian=jacobian)
+    model, guidance = make_model(depth=2).double(), make_guidance(config, torch.float64)
+    got = walk(model, config, guidance)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, naive_batch(model, config, guidance), rtol=1e-8, atol=1e-9)
+    assert torch.equal(walk(model, config, guidance), got)
+
+
+class Cast(nn.Module):
+    """A denoiser that works in bf16 and looks, from outside, like one in fp32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.outside = nn.Parameter(torch.zeros(1))
+        self.inside, self.config, self.null_label = model, model.config, model.null_label
+
+    def forward(self, x, timesteps, class_labels):
+        assert x.dtype == torch.float32
+        return self.inside(x.bfloat16(), timesteps, class_labels).float()
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "full"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_in_bfloat16_leaves_the_steps_in_float32(name, jacobian):
+    config = make_config(jacobian=jacobian, **SAMPLERS[name])
+    model, guidance = make_model().bfloat16(), make_guidance(config)
+    got = walk(model, config, guidance)
+    assert got.dtype == torch.float32 and not torch.equal(got, got.bfloat16().float())
+    assert torch.equal(got, walk(Cast(model), config, guidance))
+    first, exact = got[0], walk(make_model(), config, guidance)[0]
+    error = (first - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert 0 < error.max() < 0.1

@@ -15,7 +15,7 @@ from acs_fast import InputError, TrainConfig, train, training
 from acs_fast.cli import main
 from acs_fast.data import ASSETS
 from acs_fast.diffusion import linear_alphas_cumprod
-from acs_fast.models.dit import load_checkpoint
+from acs_fast.models.checkpoint import load_checkpoint
 from acs_fast.training import HybridLoss, stratified_timesteps
 from tests.runs import refused
 

@@ -1,28 +1,25 @@
-"""The diffusion transformer (DiT, Peebles & Xie 2023) with official parameter names, and its checkpoints."""
+"""The diffusion transformer (DiT, Peebles & Xie 2023) with official parameter names."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
-
-from acs_fast.config import InputError
 
 FREQUENCY_EMBEDDING_SIZE = 256
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The shape of a DiT. `classes`: the class folders in label order (empty: they are the label numbers)."""
+    """The shape of a DiT. `classes`: the class folders in label order (empty: they are the label numbers).
+
+    diffusers' DiT differs from the official one in two constants: `mlp_norm_eps`, the epsilon of the norm
+    before the MLP, and `downscale_freq_shift`, by which its timestep frequencies are spaced more widely.
+    """
 
     input_size: int = 32
     patch_size: int = 2
@@ -33,6 +30,8 @@ class DiTConfig:
     num_classes: int = 1000
     learn_sigma: bool = True
     classes: tuple[str, ...] = ()
+    mlp_norm_eps: float = 1e-6
+    downscale_freq_shift: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,6 +54,10 @@ class DiTConfig:
             )
         if len(self.classes) not in (0, self.num_classes):
             raise ValueError(f"{len(self.classes)} class names for num_classes {self.num_classes}")
+        if type(self.mlp_norm_eps) is not float or not 0.0 < self.mlp_norm_eps < 1.0:
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps!r}, it must lie between 0 and 1")
+        if self.downscale_freq_shift not in (0, 1):
+            raise ValueError(f"downscale_freq_shift is {self.downscale_freq_shift!r}, it must be 0 or 1")
 
 
 SIZES = {  # the official sizes: depth, hidden size, heads
@@ -90,20 +93,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class TimestepEmbedder(nn.Module):
-    """Scalar timesteps [B] to [B, D]: cosine-sine features of 256 frequencies, then a two-layer MLP."""
+def timestep_features(timesteps: Tensor, downscale_freq_shift: int = 0) -> Tensor:
+    """[cos(t w_k), sin(t w_k)] with w_k = 10000^(-k / (128 - shift)), k = 0 to 127: [B] to fp32 [B, 256].
 
-    def __init__(self, hidden_size: int):
+    shift: 0 in the official DiT, 1 in diffusers' (`Timesteps` of its `CombinedTimestepLabelEmbeddings`).
+    """
+    half = FREQUENCY_EMBEDDING_SIZE // 2
+    k = torch.arange(half, device=timesteps.device)
+    freqs = torch.exp(-math.log(10000.0) * k / (half - downscale_freq_shift))
+    angle = timesteps[:, None].float() * freqs
+    return torch.cat((angle.cos(), angle.sin()), dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Scalar timesteps [B] to [B, D]: cosine-sine features of 128 frequencies, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, downscale_freq_shift: int = 0):
         super().__init__()
+        self.downscale_freq_shift = downscale_freq_shift
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        half = FREQUENCY_EMBEDDING_SIZE // 2
-        freqs = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=timesteps.device))
-        angle = timesteps[:, None].float() * freqs
-        features = torch.cat((angle.cos(), angle.sin()), dim=1)
+        features = timestep_features(timesteps, self.downscale_freq_shift)
         return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
@@ -159,11 +172,11 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_norm_eps: float = 1e-6):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -198,11 +211,11 @@ class DiT(nn.Module):
         grid = config.input_size // config.patch_size
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
-        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size, config.downscale_freq_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.pos_embed = nn.Parameter(sincos_pos_embed(config.hidden_size, grid), requires_grad=False)
         self.blocks = nn.ModuleList(
-            DiTBlock(config.hidden_size, config.num_heads) for _ in range(config.depth)
+            DiTBlock(config.hidden_size, config.num_heads, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
 
@@ -241,102 +254,3 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, c)
         return self.unpatchify(self.final_layer(tokens, c))
-
-
-def checkpoint_bytes(model: DiT, dtype: torch.dtype = torch.float16) -> bytes:
-    """The weights as a safetensors file with the DiTConfig as JSON metadata."""
-    tensors = {
-        name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()
-    }
-    # one key alone: safetensors writes several in random order, and the same weights must be the same bytes
-    metadata = {"config": json.dumps(dataclasses.asdict(model.config))}
-    return save(tensors, metadata)
-
-
-def save_checkpoint(model: DiT, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write `checkpoint_bytes` to a file."""
-    path.write_bytes(checkpoint_bytes(model, dtype))
-
-
-def load_checkpoint(path: Path) -> DiT:
-    """A DiT in fp32 and eval mode, without gradients, from our safetensors or an official `.pt` state dict.
-
-    Raises InputError for a missing, truncated or foreign file and names the first tensor of another shape.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"there is no checkpoint {path}; give --model a .safetensors or official DiT .pt file"
-        )
-    state, config = _read_torch(path) if path.suffix in (".pt", ".pth") else _read_safetensors(path)
-    with torch.device("meta"):
-        model = DiT(config)
-    expected = model.state_dict()
-    for name, parameter in expected.items():
-        if name not in state:
-            raise InputError(f"checkpoint {path} has no tensor {name}; it is not a DiT of {config}")
-        if state[name].shape != parameter.shape:
-            raise InputError(
-                f"checkpoint {path}: {name} has shape {list(state[name].shape)}, its configuration needs "
-                f"{list(parameter.shape)}; give a checkpoint whose weights fit its configuration"
-            )
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise InputError(
-            f"checkpoint {path} has the unexpected tensor {extra[0]}; it is not a DiT of {config}"
-        )
-    model.load_state_dict({name: value.float() for name, value in state.items()}, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        fields = json.loads(metadata["config"])
-        return state, DiTConfig(**{**fields, "classes": tuple(fields["classes"])})
-    except SafetensorError as error:
-        raise InputError(f"checkpoint {path} is damaged ({error}); copy or train it again") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"checkpoint {path} carries no usable DiT configuration in its metadata ({error}); make it with "
-            "acs-fast train"
-        ) from error
-
-
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or pickled file
-        raise InputError(
-            f"checkpoint {path} cannot be read as plain weights ({type(error).__name__})"
-        ) from error
-    state = state.get("ema", state) if isinstance(state, dict) else {}
-    state = state if isinstance(state, dict) else {}
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(f"checkpoint {path}: {name!r} is a {type(value).__name__}, not a tensor")
-    try:
-        return state, _infer_official_config(state)
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(
-            f"checkpoint {path} is not an official DiT ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _infer_official_config(state: dict[str, Tensor]) -> DiTConfig:
-    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    num_heads = {hidden: heads for _, hidden, heads in SIZES.values()}.get(
-        hidden_size, max(1, hidden_size // 64)
-    )
-    outputs = state["final_layer.linear.weight"].shape[0] // patch_size**2
-    return DiTConfig(
-        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        hidden_size=hidden_size,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        num_heads=num_heads,
-        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        learn_sigma=outputs == 2 * in_channels,
-    )

@@ -1,0 +1,63 @@
+"""A run's images cut into curricula and batches, and what sampling them needs of the memory."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from acs_fast.models.dit import DiTConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of the distilled set: the position of its class in the run's list, its index in the class."""
+
+    position: int
+    index: int
+
+
+def curriculum_ranges(ipc: int, num_curricula: int) -> list[range]:
+    """The indices of each curriculum: equal parts, the remainder to the last ones (METHOD.md section 2)."""
+    size, remainder = divmod(ipc, num_curricula)
+    sizes = [size + (i >= num_curricula - remainder) for i in range(num_curricula)]
+    return [range(a, b) for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+def curriculum_batches(num_classes: int, indices: range, batch_size: int) -> list[list[Item]]:
+    """A curriculum's images class by class, in the fewest batches, as equal as they can be.
+
+    Equal batches leave the least padding of the engine's fixed shape. One configuration always gives the same
+    cut.
+    """
+    items = [Item(position, index) for position in range(num_classes) for index in indices]
+    count = -(-len(items) // batch_size)
+    cuts = [len(items) * i // count for i in range(count + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def bytes_per_image(shape: DiTConfig, dtype: torch.dtype, jacobian: str = "identity") -> int:
+    """What the engine holds for an image of a batch: both branches' tokens, hidden layer and attention.
+
+    Per token: residual, its norm, a branch's result, attention's result, and 4 D of the MLP, twice for
+    libraries that do not write in place. The guidance by a ConvNet-3 adds about a tenth. With the full
+    Jacobian autograd keeps about 19 D per token and block.
+    """
+    tokens = 2 * (shape.input_size // shape.patch_size) ** 2
+    widths = 14 + (19 * shape.depth if jacobian == "full" else 0)
+    return tokens * widths * shape.hidden_size * dtype.itemsize
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken: the GPU's free and cached ones, or the machine's; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
