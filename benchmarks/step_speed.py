@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -179,10 +180,18 @@ def peak_memory(scene: Scene, dtype: str, name: str, model: str) -> int | None:
 
 
 def child(scene: Scene, dtype: str, name: str) -> float:
-    """The peak MB of this process from here on: of the engine its making too, of E and C the sampling."""
+    """The peak MB of this process from here on: of the engine its making too, of E and C the sampling.
+
+    The engine has the table of `TRAJECTORY` steps and all classes; on a CPU it walks `--steps` of them.
+    """
     if name == "ours":
         reset_peak(scene.device)
-        methods.ours(scene, dtype)
+        made, _ = methods.engine_of(scene, dtype, TRAJECTORY)
+        batch, engine = setting.batch(scene.model, scene.batch_size, torch.device("cpu")), made.engine
+        assert engine is not None
+        walk = engine.denoise(batch.class_labels, batch.indices, batch.targets)
+        for _ in itertools.islice(walk, scene.steps):
+            pass
         return peak(scene.device)
     module, source = methods.make_transformer(scene, dtype)
     reset_peak(scene.device)

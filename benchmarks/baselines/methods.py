@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acs_fast import attention, ops, sampler
-from acs_fast.compiled import compile_ops
+from acs_fast import sampler
 from acs_fast.diffusion import step_coefficients
-from acs_fast.engine import StepEngine
 from acs_fast.environment import version
+from acs_fast.generator import ImageGenerator
 from acs_fast.models.dit import DiTConfig
-from acs_fast.networks import LARGE
+from acs_fast.networks import Networks
 from benchmarks.baselines import sampling, setting, timing, transformer
 from benchmarks.baselines.setting import DTYPES, Batch
 
@@ -132,24 +132,25 @@ def denoise_both(
     return call
 
 
+def engine_of(scene: Scene, dtype: str, steps: int) -> tuple[ImageGenerator, str]:
+    """The engine with the choices of this machine, guided, its table for all classes; what compiling took."""
+    model = setting.random_dit(scene.model, DTYPES[dtype], scene.device)
+    config = dataclasses.replace(scene.config(dtype), num_sampling_steps=steps)
+    made = ImageGenerator(config, scene.device, Networks(model, None, None))
+    note = made.choose(scene.batch_size)
+    made.prepare(scene.batch_size, setting.run_labels(scene.model))
+    assert made.engine is not None
+    made.engine.load(setting.guidance(config, *scene.shape[:2], scene.device))
+    return made, note
+
+
 def ours(scene: Scene, dtype: str) -> Method:
     """The engine over the ops that this machine chooses."""
-    model = setting.random_dit(scene.model, DTYPES[dtype], scene.device)
-    config, chosen = scene.config(dtype), ops.select("auto", scene.device)
-    tokens, heads = (scene.model.input_size // scene.model.patch_size) ** 2, scene.model.num_heads
-    n, d = 2 * scene.batch_size, scene.model.hidden_size
-    batch = setting.batch(scene.model, scene.batch_size, torch.device("cpu"))
     started = time.perf_counter()
-    kernel = attention.choose("auto", (n, tokens, heads, d // heads), DTYPES[dtype], scene.device)
-    note = ""
-    if scene.compile == "on" or (scene.compile == "auto" and d >= LARGE):
-        example = torch.zeros(n, tokens, d, dtype=DTYPES[dtype], device=scene.device)
-        chosen, note = compile_ops(chosen, scene.compile, example, (6 * scene.model.depth + 2) * d)
-    engine = StepEngine(
-        model, config, chosen, scene.device, batch_size=scene.batch_size,
-        class_labels=list(dict.fromkeys(batch.class_labels.tolist())), attention=kernel,
-    )  # fmt: skip
-    engine.load(setting.guidance(config, *scene.shape[:2], scene.device))
+    made, note = engine_of(scene, dtype, scene.steps)
+    engine, kernel = made.engine, made.attention
+    assert engine is not None and kernel is not None
+    batch = setting.batch(scene.model, scene.batch_size, torch.device("cpu"))
 
     def run() -> Tensor:
         for x in engine.denoise(batch.class_labels, batch.indices, batch.targets):
@@ -160,7 +161,7 @@ def ours(scene: Scene, dtype: str) -> Method:
     about = {
         "build_seconds": round(time.perf_counter() - started, 1),
         "attention": kernel.name,
-        "ops": dict(chosen.sources),
+        "ops": dict(made.ops.sources),
         "compile": note,
     }
     return Method("ours", dtype, run, run, lambda x, step: engine.denoiser(x, step, engine.rows), about)

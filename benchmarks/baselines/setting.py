@@ -100,11 +100,18 @@ class Batch:
     indices: Tensor  # int64 [B]
 
 
+def run_labels(config: DiTConfig) -> list[int]:
+    """The model's labels of the run's classes."""
+    count = min(NUM_CLASSES, config.num_classes)
+    return [number * (config.num_classes // count) for number in range(count)]
+
+
 def batch(config: DiTConfig, batch_size: int, device: torch.device) -> Batch:
     """B images of the run's classes in turn."""
     numbers = torch.arange(batch_size, device=device)
-    targets = numbers % min(NUM_CLASSES, config.num_classes)
-    class_labels = targets * (config.num_classes // min(NUM_CLASSES, config.num_classes))
+    labels = torch.tensor(run_labels(config), device=device)
+    targets = numbers % len(labels)
+    class_labels = labels[targets]
     return Batch(class_labels, targets, numbers)
 
 
