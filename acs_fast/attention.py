@@ -29,7 +29,7 @@ MARGIN = 1.1
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q k^T / sqrt(d)) v by one kernel; what `auto` measured and what refused, for the run's record.
+    """softmax(q k^T / sqrt(d)) v by one kernel; what `auto` measured, and what refused.
 
     Call it with qkv [B, T, 3, H, d] as the fused projection leaves it; returns [B, T, H d].
     """

@@ -30,6 +30,31 @@ def option(default: Any, text: str, choices: tuple[str, ...] = (), cli: bool = T
     return field(default=default, metadata={"help": text, "choices": choices, "cli": cli})
 
 
+def dtype_option() -> Any:
+    """The setting as `distill` and `bench` have it; so the next three."""
+    return option(
+        "auto", "the denoiser's; auto: bf16 where its linears are faster in it", ("auto", "bf16", "fp32")
+    )
+
+
+def attention_option() -> Any:
+    """The attention kernel."""
+    kernels = ("auto", "cudnn", "flash", "efficient", "math", "xformers")
+    return option("auto", "attention kernel; auto: the fastest here", kernels)
+
+
+def compile_option() -> Any:
+    """Whether the CPU's elementwise ops are compiled."""
+    text = "on a CPU, compile the denoiser's elementwise ops; auto: for large models, if it is faster"
+    return option("auto", text, ("auto", "on", "off"))
+
+
+def guidance_space_option() -> Any:
+    """Where the gradient is taken."""
+    text = "what the discriminator sees: the sample itself, or its decode by the (tiny) VAE"
+    return option("latent", text, ("latent", "pixel", "pixel-tiny"))
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise InputError(message)
@@ -89,11 +114,7 @@ class DistillConfig:
     )
     trust_radius: str = option("sigma", "unit of the guidance step", ("sigma", "eps"))
     guidance_window: tuple[float, float] = option((0.1, 0.7), "guide while t/T lies in this closed interval")
-    guidance_space: str = option(
-        "latent",
-        "what the discriminator sees: the sample itself, or its decode by the (tiny) VAE",
-        ("latent", "pixel", "pixel-tiny"),
-    )
+    guidance_space: str = guidance_space_option()
     jacobian: str = option("identity", "how d x0 / d x_t is taken", ("identity", "full"))
     cfg_scale: float = option(2.0, "classifier-free guidance scale; 1 is the conditional model")
     cfg_channels: int | None = option(
@@ -126,17 +147,9 @@ class DistillConfig:
     backend: str = option(
         "auto", "kernels: auto (the fastest here), cuda, triton, reference (plain PyTorch) or op=backend,..."
     )
-    dtype: str = option(
-        "auto", "the denoiser's; auto: bf16 where its linears are faster in it", ("auto", "bf16", "fp32")
-    )
-    attention: str = option(
-        "auto",
-        "attention kernel; auto: the fastest here",
-        ("auto", "cudnn", "flash", "efficient", "math", "xformers"),
-    )
-    compile: str = option(
-        "auto", "on a CPU, compile the denoiser's blocks; auto: for large models", ("auto", "on", "off")
-    )
+    dtype: str = dtype_option()
+    attention: str = attention_option()
+    compile: str = compile_option()
 
     def __post_init__(self) -> None:
         counts = (
@@ -242,24 +255,10 @@ class BenchConfig:
     )
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
     backend: str = option("auto", "kernels: auto (the fastest here), cuda, triton or op=backend,...")
-    dtype: str = option(
-        "auto", "the denoiser's; auto: bf16 where its linears are faster in it", ("auto", "bf16", "fp32")
-    )
-    attention: str = option(
-        "auto",
-        "attention kernel; auto: the fastest here",
-        ("auto", "cudnn", "flash", "efficient", "math", "xformers"),
-    )
-    compile: str = option(
-        "auto",
-        "on a CPU, compile the denoiser's elementwise ops; auto: for large models",
-        ("auto", "on", "off"),
-    )
-    guidance_space: str = option(
-        "latent",
-        "what the discriminator sees: the sample itself, or its decode by the (tiny) VAE",
-        ("latent", "pixel", "pixel-tiny"),
-    )
+    dtype: str = dtype_option()
+    attention: str = attention_option()
+    compile: str = compile_option()
+    guidance_space: str = guidance_space_option()
     discriminator: str = option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
     num_classes: int = option(
         10, "classes of the batch, which the discriminator tells apart; at most the model's"

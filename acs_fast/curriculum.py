@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from acs_fast.config import DistillConfig, InputError, resolve
 from acs_fast.data import DIGITS, ImageSet, load_images, select_classes, to_model_range
 from acs_fast.discriminator import Classifiers, score
 from acs_fast.environment import describe, resolve_device
-from acs_fast.generator import ImageGenerator, out_of_memory
+from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
 from acs_fast.output import Output
 from acs_fast.plan import Item, available_memory, curriculum_batches, curriculum_ranges
@@ -48,17 +49,22 @@ def distill(config: DistillConfig, overwrite: bool = False) -> Path:
     continue from (samples/, discriminators/). An interrupted run of the same configuration is continued and
     ends with the same bytes; a folder of another configuration raises InputError unless `overwrite`.
     """
-    run, out = Run(config, overwrite), Path(config.out)
+    out, run = Path(config.out), None
     try:
+        run = Run(config, overwrite)
         with lock(out):
             run.start()
             started = time.perf_counter()
             run.sample()
             run.finish()
             seconds = time.perf_counter() - started
-    except torch.OutOfMemoryError as error:
-        raise InputError(run.out_of_memory()) from error
-    print(f"{out}: {run.total} images, {run.sampled} of them sampled now, in {seconds:.1f} s")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the engine
+        raise InputError(run.out_of_memory() if run else "the model does not fit into the memory") from error
+    waited = f", {run.waited:.1f} s of it waiting for files" if run.waited >= 0.1 else ""
+    print(f"{out}: {run.total} images, {run.sampled} of them sampled now, in {seconds:.1f} s{waited}")
     return out
 
 
@@ -68,7 +74,9 @@ class Run:
     def __init__(self, config: DistillConfig, overwrite: bool = False):
         self.out, self.overwrite = Path(config.out), overwrite
         self.device = resolve_device(config.device)
-        config = config if overwrite else keep_resolved(config, self.out, self.device)
+        given, config = config, config if overwrite else keep_resolved(config, self.out, self.device)
+        names = [name for name in ("attention", "compile") if getattr(given, name) != getattr(config, name)]
+        self.kept = [f"--{name} {getattr(config, name)}" for name in names]
         self.generator = ImageGenerator(config, self.device)
         self.config = config = self.generator.config
         known = self.generator.shape.classes or tuple(map(str, range(self.generator.shape.num_classes)))
@@ -79,6 +87,7 @@ class Run:
             curriculum_batches(len(self.classes), part, config.batch_size) for part in self.ranges
         ]
         self.bucket = max(len(batch) for batches in self.batches for batch in batches)  # the rest is padded
+        self.waited = 0.0  # seconds that sampling stood still for decoding and writing
         self.total, self.sampled = config.ipc * len(self.classes), 0
         self.guided = config.guidance_scale > 0 and config.num_curricula > 1
         channels, size = self.generator.seen_shape()
@@ -91,8 +100,18 @@ class Run:
 
     def start(self) -> None:
         """Take the run folder, find what is missing in it, and print the plan."""
-        measured = self.generator.choose(self.bucket)
+        try:
+            measured = self.generator.choose(self.bucket)
+        except InputError as error:
+            if not self.kept:
+                raise
+            raise InputError(
+                f"{self.out} was begun with {' '.join(self.kept)}, which does not go here ({error}); "
+                "continue it where it was begun or give another --out"
+            ) from error
         self.config = self.generator.config
+        if self.overwrite or not (self.out / RUN_CONFIG).is_file():  # refused before anything is written
+            self.generator.check_memory(self.bucket, len(self.classes))
         record = {
             "config": dataclasses.asdict(with_absolute_paths(self.config)),
             "classes": list(self.classes),
@@ -119,7 +138,7 @@ class Run:
         with Output(self.manifest, self.device, decode, to_uint8) as self.output:
             for curriculum in range(1, self.config.num_curricula + 1):
                 self.sample_curriculum(curriculum)
-        self.waited = self.output.waited
+            self.waited = self.output.waited
 
     def sample_curriculum(self, curriculum: int) -> None:
         """Bring curriculum 1..N to its end: train its discriminator if guided, sample what is missing."""
@@ -193,7 +212,9 @@ class Run:
         self.generator.release()
         available = available_memory(self.device)
         fits = self.bucket // 2 if available is None else self.generator.fitting_batch_size(available)
-        return out_of_memory(self.bucket, min(fits, self.bucket - 1))
+        return (
+            out_of_memory(self.bucket, min(fits, self.bucket - 1)) + ", in another --out or with --overwrite"
+        )
 
     def _load_real(self) -> ImageSet:
         channels, size = self.generator.seen_shape()
@@ -206,16 +227,22 @@ class Run:
 
     def _sampled_before(self, curriculum: int) -> tuple[Tensor, Tensor]:
         """The samples of all earlier curricula and the positions of their classes."""
-        samples, positions = [], []
+        channels, size = self.generator.seen_shape()
+        # decoded images of a large run do not fit beside the engine: the trainer takes them from the host
+        place = self.device if self.generator.seen_by is None else torch.device("cpu")
+        count = len(self.classes) * self.ranges[curriculum - 1].start
+        samples = torch.empty(count, channels, size, size, device=place)
+        positions: list[int] = []
         for earlier, batches in enumerate(self.batches[: curriculum - 1], start=1):
             for number, batch in enumerate(batches):
                 path = self._samples_path(earlier, number)
                 stored = read_tensors(path)
                 if stored is None:
                     raise InputError(f"{path} is gone or damaged; run the command again to make it anew")
-                samples.append(self.generator.seen(stored["samples"].to(self.device)))
+                rows = slice(len(positions), len(positions) + len(batch))
+                samples[rows] = self.generator.seen(stored["samples"].to(self.device))
                 positions += [item.position for item in batch]
-        return torch.cat(samples), torch.tensor(positions, device=self.device)
+        return samples, torch.tensor(positions, device=self.device)
 
     def _plan(self) -> str:
         c, calls = self.config, sum(map(len, self.batches)) * self.config.num_sampling_steps
@@ -266,8 +293,9 @@ class Run:
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
     """The configuration as a later command can use it from any folder; the bundled names stay."""
     names = ("model", "real", "vae", "tiny_vae", "classes")
-    paths = {name: value for name in names if (value := getattr(config, name)) and Path(value).exists()}
-    paths = {name: os.path.abspath(value) for name, value in paths.items() if value != DIGITS}
+    given = {name: value for name in names if (value := getattr(config, name)) and value != DIGITS}
+    exists = {name: os.path.isfile if name == "classes" else os.path.exists for name in given}
+    paths = {name: os.path.abspath(value) for name, value in given.items() if exists[name](value)}
     return dataclasses.replace(config, **paths)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import statistics
 import sys
@@ -19,8 +18,10 @@ from tqdm import tqdm
 
 from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError, resolve
 from acs_fast.curriculum import distill
-from acs_fast.data import ASSETS, DIGITS, ImageSet, check_classes, has_splits, load_images, read_class_list
+from acs_fast.data import ASSETS, DIGITS, ImageSet, check_classes, has_splits, load_images, parse_classes
 from acs_fast.environment import describe, resolve_device
+from acs_fast.models.checkpoint import digest
+from acs_fast.models.checkpoint import resolve as resolve_model
 from acs_fast.models.classifier import build_classifier, default_network
 from acs_fast.protocol import Accuracy, protocol_epochs, train_and_test
 from acs_fast.report import epochs_text, write_report
@@ -32,11 +33,12 @@ DISTILLED, RANDOM, PLAIN = "distilled", "random real", "plain"
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: its configuration, its classes in label order, its model's digest and its device type."""
+    """A run folder: its configuration, classes with the model's labels, the model's digest, the device."""
 
     path: Path
     config: DistillConfig
     classes: tuple[str, ...]
+    class_labels: tuple[int, ...]
     model_sha256: str
     device: str
 
@@ -130,7 +132,8 @@ def choose_protocol(config: EvaluateConfig, run: Run | None, ipc: int, num_class
 
     A protocol that is named has its own epochs, not the preset's.
     """
-    preset = PRESETS[EvaluateConfig].get(run.config.real, {}) if run and not config.protocol else {}
+    source = (config.real or run.config.real) if run else ""
+    preset = PRESETS[EvaluateConfig].get(source, {}) if not config.protocol else {}
     protocol = config.protocol or preset.get("protocol", "hard-sgd")
     return protocol, config.epochs or preset.get("epochs") or protocol_epochs(ipc, num_classes)
 
@@ -152,12 +155,20 @@ def check_baselines(config: EvaluateConfig, run: Run | None, source: str) -> Non
         raise InputError(
             f"{config.path} is not a run folder, so --baselines plain cannot be sampled; give the run's"
         )
-    model = ASSETS / "digits-dit.safetensors" if run.config.model == DIGITS else Path(run.config.model)
-    if not model.is_file() or hashlib.sha256(model.read_bytes()).hexdigest() != run.model_sha256:
+    try:
+        bundled = run.config.model == DIGITS
+        model = ASSETS / "digits-dit.safetensors" if bundled else resolve_model(run.config.model)
+        same = digest(model) == run.model_sha256
+    except InputError:
+        same = False
+    if not same:
         raise InputError(
-            f"--baselines plain: {model} is not the model of the run any more; put it back or leave plain out"
+            f"--baselines plain: {run.config.model} is not the model of the run any more; put it back or "
+            "leave plain out"
         )
-    if run.config.classes is not None and read_class_list(Path(run.config.classes)) != run.classes:
+    listed = run.classes if run.config.classes is None else parse_classes(run.config.classes)
+    named = zip(listed, run.classes, map(str, run.class_labels), strict=False)
+    if len(listed) != len(run.classes) or any(text not in names for text, *names in named):
         raise InputError(
             f"--baselines plain: {run.config.classes} lists other classes than the run has; "
             "put it back or leave plain out"
@@ -196,6 +207,7 @@ def read_record(path: Path) -> Run:
             path=path,
             config=resolve(DistillConfig, record["config"]),
             classes=check_classes(tuple(record["classes"])),
+            class_labels=tuple(record["class_labels"]),
             model_sha256=record["model_sha256"],
             device=str(record.get("device")).partition(" ")[0],
         )
@@ -208,7 +220,10 @@ def read_record(path: Path) -> Run:
 def sample_plain(run: Run, device: torch.device) -> Path:
     """The run's images without guidance: same model, noise and settings, kept inside the run folder."""
     out = run.path / "baselines" / PLAIN
+    # kernels that were chosen on another kind of device need not be on this one
     config = dataclasses.replace(run.config, guidance_scale=0.0, out=str(out), device=device.type)
+    if run.device != device.type:
+        config = dataclasses.replace(config, attention="auto", compile="auto")
     other_device = (out / RUN_CONFIG).is_file() and read_record(out).device != device.type
     return distill(config, overwrite=other_device)
 

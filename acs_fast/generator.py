@@ -86,16 +86,21 @@ class ImageGenerator:
         if self.attention is None:
             self.choose(batch_size)
         assert self.attention is not None
-        available = available_memory(self.device)
-        slots = table_slots(self.model, self.config.num_sampling_steps, batch_size, len(class_labels))
-        if available is not None:
-            available -= slots * table_bytes(self.model, self.config.num_sampling_steps)
-        if available is not None and batch_size > (fits := self.fitting_batch_size(available)):
-            raise InputError(out_of_memory(batch_size, fits))
+        self.check_memory(batch_size, len(class_labels))
         self.engine = StepEngine(
             self.model, self.config, self.ops, self.device,
             batch_size=batch_size, class_labels=class_labels, attention=self.attention,
         )  # fmt: skip
+
+    def check_memory(self, batch_size: int, num_classes: int) -> None:
+        """InputError where the engine's buffers and table cannot fit, with the batch size that would."""
+        available = available_memory(self.device)
+        if available is None or self.config.backend == "reference":
+            return
+        slots = table_slots(self.model, self.config.num_sampling_steps, batch_size, num_classes)
+        available -= slots * table_bytes(self.model, self.config.num_sampling_steps)
+        if batch_size > (fits := self.fitting_batch_size(available)):
+            raise InputError(out_of_memory(batch_size, fits))
 
     def release(self) -> None:
         """Give up the engine's memory."""
@@ -201,9 +206,19 @@ class ImageGenerator:
         return samples if self.seen_by is None else self.seen_by.decode(samples)
 
     def record(self) -> dict[str, Any]:
-        """For the run's record: the model's digest and the backend of each op."""
+        """For the run's record: the digests of model and VAEs, and the backend of each op."""
         sha256 = digest(self.networks.checkpoint) if self.networks.checkpoint else None
-        return {"model_sha256": sha256, "ops": {"sources": dict(self.ops.sources)}}
+        vaes = {"vae_sha256": self.vae, "seen_by_sha256": self.seen_by}
+        return {
+            "model_sha256": sha256,
+            **{name: vae.digest() if vae else None for name, vae in vaes.items()},
+            "ops": {"sources": dict(self.ops.sources)},
+        }
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; the CPU's has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def out_of_memory(batch_size: int, fits: int) -> str:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ CURVES = """<h2>What each discriminator made of the images it steered</h2>
 """
 
 MIN_CELL = 32  # pixels: small images are enlarged by a whole factor to at least this
+MAX_PIXELS = 40_000_000  # of all cells: large sets are shown small
 GAP, BLOCK_GAP = 2, 12
 
 
@@ -54,6 +56,8 @@ def contact_sheet(images: Path, classes: tuple[str, ...], curricula: Sequence[Se
     """The PNG bytes of all images: a row a class, a block of columns a curriculum, both labelled."""
     with Image.open(images / classes[0] / "0.png") as first:
         edge = first.width * max(1, -(-MIN_CELL // first.width))
+    cells = len(classes) * sum(len(block) for block in curricula)
+    edge = max(8, min(edge, math.isqrt(MAX_PIXELS // cells)))
     label_width = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name)) for name in classes)
     columns = sum(len(block) for block in curricula)
     width = label_width + columns * (edge + GAP) + (len(curricula) - 1) * BLOCK_GAP
@@ -65,7 +69,9 @@ def contact_sheet(images: Path, classes: tuple[str, ...], curricula: Sequence[Se
         for index in block:
             for row, name in enumerate(classes):
                 with Image.open(images / name / f"{index}.png") as image:
-                    cell = image.convert("RGB").resize((edge, edge), Image.Resampling.NEAREST)
+                    sharp = edge >= image.width  # pixels stay visible; photographs are averaged
+                    filter = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
+                    cell = image.convert("RGB").resize((edge, edge), filter)
                 sheet.paste(cell, (left, 16 + row * (edge + GAP)))
             left += edge + GAP
         left += BLOCK_GAP

@@ -35,7 +35,8 @@ CONTENTS = (
 )
 LOCK = ".lock"
 # settings a run may be continued with other values of: they change nothing, or what they lead to is compared
-FREE = ("out", "preset", "backend", "device", "model", "classes")
+FREE = ("out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae")
+DIGESTS = ("model_sha256", "vae_sha256", "seen_by_sha256")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -155,9 +156,10 @@ def config_difference(stored: Any, record: dict[str, Any]) -> str:
     """The first difference that matters between a stored JSON value and `record`; empty if none."""
     if not is_record(stored):
         return f"{RUN_CONFIG} cannot be read"
-    names = [name for name in record["config"] if name not in FREE]
+    # the plain sampler leaves attention and compile open
+    names = [n for n in record["config"] if n not in FREE and stored["config"].get(n) != "auto"]
     pairs = {name: (stored["config"].get(name), record["config"][name]) for name in names}
-    pairs |= {name: (stored.get(name), record[name]) for name in ("model_sha256", "classes", "class_labels")}
+    pairs |= {name: (stored.get(name), record[name]) for name in (*DIGESTS, "classes", "class_labels")}
     old_device, device = (str(side.get("device")).partition(" ")[0] for side in (stored, record))
     pairs["device"] = old_device, device  # of `cuda (its name)` the type alone
     different = (f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new)

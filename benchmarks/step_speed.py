@@ -115,6 +115,9 @@ def compare(scene: Scene, dtype: str, truth: Truth, baselines: str, options: arg
     times = timing.interleaved(
         runs | {name: run for name, (run, _) in gemms.items()}, options.repeats, scene.device
     )
+    for number, row in enumerate(rows):  # not while it is timed
+        if scene.device.type == "cpu" and str(number) in runs and row["name"] != "P":
+            row["operator_ms"] = timing.operator_ms(runs[str(number)], scene.steps)
     rates = gemm_rates(times, {name: n for name, (_, n) in gemms.items()}, scene.model, scene.batch_size)
     for number, row in enumerate(rows):
         if str(number) in runs:
@@ -240,7 +243,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             "median", "p20", "p80", "images_per_s", "times_as_fast_as_E", "times_as_fast_as_C",
             "percent_of_gemm", "percent_of_bf16_gemm", "peak_mb", "check",
         )  # fmt: skip
-        cells = [row["batch_size"], row["dtype"], label, *(row.get(name, "") for name in names)]
+        values = ("" if row.get(name) is None else row[name] for name in names)
+        cells = [row["batch_size"], row["dtype"], label, *values]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from acs_fast.models.dit import DiT, DiTConfig
 from benchmarks import gpu_first_run, ops_bench, step_speed
 from benchmarks.baselines import methods, sampling, setting, timing, transformer
 from benchmarks.roofline import LaunchCounter
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
 CPU = torch.device("cpu")
 SMALL = DiTConfig(8, 2, hidden_size=48, depth=3, num_heads=3, num_classes=5)
@@ -102,6 +105,7 @@ def test_guided_steps_follow_the_plain_sampler(
     torch.testing.assert_close(torch.stack(list(got)), torch.stack(list(expected)), rtol=1e-9, atol=1e-9)
 
 
+@needs_compiler
 def test_compiled_transformer_equals_the_eager_one() -> None:
     model = setting.random_dit(dataclasses.replace(SMALL, depth=1), torch.float32, CPU)
     plain = transformer.plain_transformer(model, torch.float32, CPU)
@@ -158,6 +162,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@needs_compiler
 def test_the_first_run_measures_what_this_machine_can(quick: None, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     assert gpu_first_run.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0
@@ -227,6 +232,7 @@ def step_speed_rows(out: Path, *arguments: str) -> tuple[int, list[dict[str, Any
     return code, read(out)
 
 
+@needs_compiler
 def test_step_speed_puts_the_methods_side_by_side(
     quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,3 +288,17 @@ def test_peak_memory_is_of_a_process_of_its_own() -> None:
     scene = methods.Scene(setting.MODELS["small"], 2, 2, CPU)
     peaks = [step_speed.peak_memory(scene, "fp32", name, "small") for name in ("ours", "E")]
     assert all(peak is not None and 100 < peak < 3000 for peak in peaks)
+
+
+def test_the_profile_of_a_step_finds_each_kind_of_operator() -> None:
+    x, weight = torch.randn(64, 32), torch.randn(32, 32)
+
+    def run() -> None:
+        y = torch.nn.functional.gelu(torch.addmm(torch.zeros(32), x, weight))
+        q = y.view(1, 2, 64, 16)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).exp()
+
+    spent = timing.operator_ms(run, 1)
+    assert set(spent) == {"linears", "attention", "gelu", "other"} and all(ms >= 0 for ms in spent.values())
+    alone = timing.operator_ms(lambda: [torch.nn.functional.gelu(x.repeat(400, 1)) for _ in range(5)], 1)
+    assert alone["gelu"] > 0 and alone["linears"] == alone["attention"] == 0

@@ -94,7 +94,6 @@ def test_trajectories(capsys) -> None:
         assert batch["unit"] == "s" and step["unit"] == "ms"
         assert step["median"] == pytest.approx(1e3 * batch["median"] / 4, rel=1e-2)
         assert totals[images] == pytest.approx(2 / batch["median"], rel=1e-2)
-    assert figures["guided batch"]["median"] > figures["unguided batch"]["median"]
     assert totals["captured_graphs"] == 0  # on a CPU
     assert 0 < totals["memory_before_mb"] <= totals["memory_after_mb"] + 50
 

@@ -12,6 +12,7 @@ import pytest
 
 from acs_fast.config import PRESETS, EvaluateConfig
 from benchmarks.digits import RESULTS, table
+from benchmarks.step_speed import table as step_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,4 +72,24 @@ def test_contributing_names_what_there_is() -> None:
         assert re.search(rf"\b{name}\b", code), name
     for path in re.findall(r"`((?:acs_fast|kernels)/[^`]+|models/)`", text):
         assert any((folder / path).exists() for folder in (ROOT, ROOT / "acs_fast")), path
-    assert "engine" not in text
+
+
+def test_the_engine_page_shows_the_measured_steps() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "step.jsonl").read_text().splitlines()]
+    cpu = [row for row in rows if row["device"].startswith("cpu")]
+    assert step_table(cpu) in (ROOT / "docs" / "engine.md").read_text()
+    assert all(row["commit"] and "+" not in row["commit"] and row["check"] <= 1 for row in cpu)
+
+
+def test_the_engine_beats_the_baselines_on_the_cpu_that_was_measured() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "step.jsonl").read_text().splitlines()]
+    rows = [
+        row for row in rows if row["device"] == "cpu (Intel(R) Xeon(R) Processor)" and row["threads"] == 2
+    ]
+    one = {(row["name"], row["dtype"]): row for row in rows if row["batch_size"] == 1}
+    chosen = one["ours", "fp32"]  # by `--dtype auto` there
+    assert one["E", "bf16"]["median"] / chosen["median"] >= 1.5
+    assert one["C", "bf16"]["median"] / chosen["median"] >= 1.3
+    assert chosen["percent_of_bf16_gemm"] >= 65 and one["ours", "bf16"]["percent_of_gemm"] >= 65
+    four = [row for row in rows if (row["name"], row["dtype"], row["batch_size"]) == ("ours", "bf16", 4)]
+    assert four and all(row["peak_mb"] <= 3000 for row in four)

@@ -243,7 +243,8 @@ def test_what_can_be_refused_is_refused_before_any_work(tiny, untrained, monkeyp
 def test_plain_is_sampled_on_the_device_of_the_evaluation(tiny, untrained) -> None:
     out = distill(tiny())
     record = json.loads((out / "config.json").read_text())
-    record["config"]["device"] = "cuda"  # the run was made on another machine
+    record["config"] |= {"device": "cuda", "attention": "cudnn"}  # the run was made on another machine
+    record["device"] = "cuda (another)"
     (out / "config.json").write_text(json.dumps(record))
     settings = {"path": str(out), "repeats": 1, "baselines": ("plain",), "device": "cpu"}
     evaluate(EvaluateConfig(**settings))
@@ -253,6 +254,19 @@ def test_plain_is_sampled_on_the_device_of_the_evaluation(tiny, untrained) -> No
     plain.write_text(json.dumps({**stored, "device": "cuda (another)"}))  # is sampled anew
     evaluate(EvaluateConfig(**settings))
     assert json.loads(plain.read_text())["device"].startswith("cpu")
+
+
+@pytest.mark.parametrize("classes", ["3,8", "8,3", "3"])
+def test_plain_is_sampled_for_classes_that_are_named_on_the_command_line(tiny, untrained, classes) -> None:
+    out = distill(tiny(classes=classes))
+    evaluate(EvaluateConfig(path=str(out), repeats=1, baselines=("plain",)))
+    assert (out / "baselines" / "plain" / "images" / "3" / "0.png").is_file()
+
+
+def test_a_run_on_other_images_than_the_digits_is_judged_by_the_fields_protocol(tiny) -> None:
+    run = evaluation.read_run(distill(tiny()))
+    assert evaluation.choose_protocol(EvaluateConfig(), run, 4, 2) == ("hard-adamw", 400)
+    assert evaluation.choose_protocol(EvaluateConfig(real="elsewhere"), run, 4, 2)[0] == "hard-sgd"
 
 
 def test_a_flat_real_folder_is_no_source_of_random_images(tiny, untrained, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 
 from acs_fast import compiled, generator, networks, ops
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.curriculum import distill, keep_resolved
+from acs_fast.curriculum import distill, keep_resolved, with_absolute_paths
+from acs_fast.engine import StepEngine
 from acs_fast.generator import ImageGenerator
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.networks import resolve_dtype
+from tests.runs import contents
 from tests.test_sampler import randomise
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -183,3 +185,61 @@ def test_a_compiler_that_fails_leaves_the_ops_as_they_are(monkeypatch) -> None:
     assert kept is choice and "failed (RuntimeError)" in note
     with pytest.raises(InputError, match=r"torch\.compile failed"):
         compiled.compile_ops(choice, "on", tokens, 200)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_lost(tiny, monkeypatch) -> None:
+    out = distill(tiny())
+    before = contents(out)
+    monkeypatch.setattr(generator, "available_memory", lambda device: 10_000)
+    with pytest.raises(InputError, match="does not fit into the memory"):
+        distill(tiny(seed=1), overwrite=True)
+    assert contents(out) == before
+    distill(tiny())  # nothing is to be sampled, so nothing is refused
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_memory_that_ends_on_the_way_is_one_sentence(tiny, monkeypatch, error) -> None:
+    def walk(self: object, *inputs: torch.Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(StepEngine, "walk", walk)
+    with pytest.raises(InputError, match=r"of 2 images does not fit .*--batch-size 1, in another --out"):
+        distill(tiny())
+
+
+def test_another_error_is_not_taken_for_the_memory(tiny, monkeypatch) -> None:
+    def walk(self: object, *inputs: torch.Tensor) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(StepEngine, "walk", walk)
+    with pytest.raises(RuntimeError, match="something else"):
+        distill(tiny())
+
+
+def test_a_run_begun_with_what_this_machine_lacks_says_so(tiny) -> None:
+    out = distill(tiny())
+    record = json.loads((out / "config.json").read_text())
+    record["config"]["attention"] = "xformers"
+    (out / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"was begun with --attention xformers .*, which does not go here"):
+        distill(tiny())
+
+
+def test_a_run_of_the_plain_sampler_is_continued_by_the_engine(tiny) -> None:
+    out = distill(tiny(backend="reference"))
+    assert json.loads((out / "config.json").read_text())["config"]["attention"] == "auto"
+    (out / "samples/3-0.safetensors").unlink()
+    distill(tiny())
+    assert (out / "samples/3-0.safetensors").is_file()
+
+
+def test_a_long_list_of_classes_is_no_path(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "n1").mkdir()
+    names = ",".join(f"n{number:08}" for number in range(100))
+    for text in (names, "n1"):
+        assert with_absolute_paths(DistillConfig(classes=text)).classes == text
+    (tmp_path / "list.txt").write_text("n1")
+    assert with_absolute_paths(DistillConfig(classes="list.txt")).classes == str(tmp_path / "list.txt")

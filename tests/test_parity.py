@@ -24,6 +24,7 @@ from acs_fast.engine import StepEngine
 from acs_fast.kernels.reference import philox_normal
 from acs_fast.models.checkpoint import load_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
+from acs_fast.networks import has_bf16
 from acs_fast.plan import available_memory
 from acs_fast.testing import excess
 from tests.test_sampler import randomise
@@ -197,9 +198,10 @@ def xl_transformer(dtype: torch.dtype = torch.float32) -> DiTTransformer2DModel:
 
 
 @pytest.mark.skipif((available_memory(CPU) or XL_BYTES) < XL_BYTES, reason="DiT-XL/2 needs more free memory")
-def test_dit_xl_2_is_the_pipelines(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["ddim", "ddpm-learned-range"])
+def test_dit_xl_2_is_the_pipelines(tmp_path: Path, monkeypatch, name: str) -> None:
     monkeypatch.setattr("acs_fast.models.weights.MAPPED_BYTES", 1 << 40)  # the file is small, its tensors not
-    config = make_config(**SAMPLERS["ddim"], num_sampling_steps=2)
+    config = make_config(**SAMPLERS[name], num_sampling_steps=2)
     transformer = xl_transformer()
     transformer.save_pretrained(tmp_path, safe_serialization=False, max_shard_size="100GB")
     threads = torch.get_num_threads()
@@ -208,9 +210,13 @@ def test_dit_xl_2_is_the_pipelines(tmp_path: Path, monkeypatch) -> None:
         ours = by_engine(load_checkpoint(tmp_path), config, batch=1)
         theirs = by_diffusers(transformer, config, monkeypatch, batch=1)
         exact = by_diffusers(xl_transformer(torch.float64), config, monkeypatch, torch.float64, batch=1)
+        assert worst(ours, theirs, exact) <= 1.0
+        if name == "ddim" and has_bf16():
+            ours = by_engine(load_checkpoint(tmp_path, torch.bfloat16), config, batch=1)
+            half = xl_transformer().to(torch.bfloat16)
+            assert worst(ours, by_diffusers(half, config, monkeypatch, batch=1), exact) <= 1.0
     finally:
         torch.set_num_threads(threads)
-    assert worst(ours, theirs, exact) <= 1.0
 
 
 def official_model(path: Path) -> DiT:

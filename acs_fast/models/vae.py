@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ class VAE:
             for stage, channels in enumerate(self.widths)
         ]
         return ACTIVATIONS * max(sizes) * height * width * self.dtype.itemsize
+
+    def digest(self) -> str:
+        """SHA-256 of names, dtypes and bytes of the weights in use."""
+        total = hashlib.sha256()
+        for name, value in sorted(self.module.state_dict().items()):
+            total.update(f"{name} {value.dtype}".encode())
+            total.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, out: Tensor | None = None) -> Tensor:

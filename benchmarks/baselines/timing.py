@@ -99,6 +99,24 @@ def _replay(graph: torch.cuda.CUDAGraph, _kept: object) -> None:
     graph.replay()
 
 
+KINDS = {  # of operator, by what its name holds
+    "linears": ("addmm", "_linear_pointwise", "baddbmm"),
+    "attention": ("scaled_dot_product",),
+    "gelu": ("aten::gelu",),
+}
+
+
+def operator_ms(run: Callable[[], Any], parts: int) -> dict[str, float]:
+    """Milliseconds of a part of a CPU run by kind of operator, the rest as `other`: from the profiler."""
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
+        run()
+    spent = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profile.key_averages():
+        kind = next((k for k, words in KINDS.items() if any(word in event.key for word in words)), "other")
+        spent[kind] += event.self_cpu_time_total / 1e3 / parts
+    return {kind: round(ms, 1) for kind, ms in spent.items()}
+
+
 def run_trial(trial: Trial, machine: Machine) -> dict[str, Any]:
     """The row of a trial: with a figure if the call works and its result is right, else with the reason."""
     row = dict(trial.labels)
