@@ -86,45 +86,55 @@ def checked(method: Method, truth: Truth, usual: Errors | None) -> tuple[dict[st
     return row, errors
 
 
-def compare(scene: Scene, dtype: str, truth: Truth, baselines: str, options: argparse.Namespace) -> list[Any]:
-    """The rows of one batch size and dtype: everything interleaved."""
-    module, source = methods.make_transformer(scene, dtype)
-    listed = [methods.eager(scene, dtype, module, source), methods.ours(scene, dtype)]
-    if "c" in baselines:
-        modes = tuple(options.modes or methods.MODES[scene.device.type])
-        listed += methods.compiled(scene, dtype, module, source, modes)
-    if "p" in baselines and scene.batch_size == 1 and dtype == options.dtypes[0]:
-        try:
-            listed.append(methods.relatives(scene))
-        except ImportError as missing:
-            print(f"P: no figure, {timing.first_line(missing)}", flush=True)
-    usual: Errors | None = None
+def compare(scene: Scene, truth: Truth, baselines: str, options: argparse.Namespace) -> list[Any]:
+    """The rows of one batch size: every method in every dtype, interleaved."""
     rows: list[dict[str, Any]] = []
     runs: dict[str, Callable[[], Any]] = {}
-    for number, method in enumerate(listed):
-        row, errors = checked(method, truth, None if number == 0 or method.name == "P" else usual)
-        usual = usual or errors
-        rows.append(
-            {"name": method.name, "batch_size": scene.batch_size, "dtype": method.dtype, "steps": scene.steps}
-            | method.about
-            | row
-        )
-        if "reason" not in row:
-            runs[str(number)] = method.run
-    gemms = {k: v for name in dict.fromkeys((dtype, "bf16")) for k, v in linears(scene, name).items()}
+    for dtype in options.dtypes:
+        usual: Errors | None = None
+        for number, method in enumerate(listed(scene, dtype, baselines, options)):
+            row, errors = checked(method, truth, None if number == 0 or method.name == "P" else usual)
+            usual = usual or errors
+            if "reason" not in row:
+                runs[str(len(rows))] = method.run
+            about = {
+                "name": method.name,
+                "batch_size": scene.batch_size,
+                "dtype": dtype,
+                "steps": scene.steps,
+            }
+            rows.append(about | method.about | row)
+    gemms = {
+        k: v for name in dict.fromkeys((*options.dtypes, "bf16")) for k, v in linears(scene, name).items()
+    }
     times = timing.interleaved(
         runs | {name: run for name, (run, _) in gemms.items()}, options.repeats, scene.device
     )
-    for number, row in enumerate(rows):  # not while it is timed
-        if scene.device.type == "cpu" and str(number) in runs and row["name"] != "P":
-            row["operator_ms"] = timing.operator_ms(runs[str(number)], scene.steps)
     rates = gemm_rates(times, {name: n for name, (_, n) in gemms.items()}, scene.model, scene.batch_size)
     for number, row in enumerate(rows):
-        if str(number) in runs:
-            row |= figures(times[str(number)], scene)
-            if row["name"] != "P":  # most of P's work is the decode
-                row |= shares(row, rates)
-    return with_ratios(rows)
+        if str(number) not in runs:
+            continue
+        row |= figures(times[str(number)], scene)
+        if row["name"] != "P":  # most of P's work is the decode
+            row |= shares(row, rates)
+        if scene.device.type == "cpu" and row["name"] != "P":
+            row["operator_ms"] = timing.operator_ms(runs[str(number)], scene.steps)
+    return with_ratios(rows, times)
+
+
+def listed(scene: Scene, dtype: str, baselines: str, options: argparse.Namespace) -> list[Method]:
+    """The methods of a dtype, E first."""
+    module, source = methods.make_transformer(scene, dtype)
+    found = [methods.eager(scene, dtype, module, source), methods.ours(scene, dtype)]
+    if "c" in baselines:
+        modes = tuple(options.modes or methods.MODES[scene.device.type])
+        found += methods.compiled(scene, dtype, module, source, modes)
+    if "p" in baselines and scene.batch_size == 1 and dtype == options.dtypes[0]:
+        try:
+            found.append(methods.relatives(scene))
+        except ImportError as missing:
+            print(f"P: no figure, {timing.first_line(missing)}", flush=True)
+    return found
 
 
 def linears(scene: Scene, dtype: str) -> dict[str, Any]:
@@ -153,14 +163,27 @@ def shares(row: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every row with how many times as fast as E and as the fastest C it is."""
-    timed = [row for row in rows if "median" in row]
-    for name in ("E", "C"):
-        others = [row["median"] for row in timed if row["name"] in (name, f"{name}-plain")]
-        for row in timed:
-            if others and row["name"] != "P":
-                row[f"times_as_fast_as_{name}"] = round(min(others) / row["median"], 3)
+def with_ratios(rows: list[dict[str, Any]], times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Every row with how many times as fast as E and the fastest C it is: in its dtype, and theirs in bf16.
+
+    A ratio is the median of those of the rounds, so that a machine that slows down slows both.
+    """
+    for number, row in enumerate(rows):
+        for name in ("E", "C"):
+            for key, dtype in (
+                (f"times_as_fast_as_{name}", row["dtype"]),
+                (f"times_as_fast_as_bf16_{name}", "bf16"),
+            ):
+                others = [
+                    other
+                    for other, candidate in enumerate(rows)
+                    if candidate["name"] in (name, f"{name}-plain") and candidate["dtype"] == dtype
+                    if "median" in candidate
+                ]
+                if others and "median" in row and row["name"] != "P":
+                    best = min(others, key=lambda other: rows[other]["median"])
+                    pairs = zip(times[str(best)], times[str(number)], strict=True)
+                    row[key] = round(statistics.median(theirs / own for theirs, own in pairs), 3)
     return rows
 
 
@@ -230,9 +253,9 @@ def peak(device: torch.device) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as they are printed."""
     lines = [
-        "| batch | dtype | method | ms per step | p20 | p80 | images/s | times E | times C | % of GEMM "
-        "| % of bf16 GEMM | peak MB | check |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| batch | dtype | method | ms per step | p20 | p80 | images/s | times E | times C | times bf16 E "
+        "| times bf16 C | % of GEMM | % of bf16 GEMM | peak MB | check |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         label = row["name"] + (f" ({row['mode']})" if "mode" in row else "")
@@ -241,7 +264,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         names = (
             "median", "p20", "p80", "images_per_s", "times_as_fast_as_E", "times_as_fast_as_C",
-            "percent_of_gemm", "percent_of_bf16_gemm", "peak_mb", "check",
+            "times_as_fast_as_bf16_E", "times_as_fast_as_bf16_C", "percent_of_gemm", "percent_of_bf16_gemm",
+            "peak_mb", "check",
         )  # fmt: skip
         values = ("" if row.get(name) is None else row[name] for name in names)
         cells = [row["batch_size"], row["dtype"], label, *values]
@@ -287,18 +311,17 @@ def main(arguments: list[str] | None = None) -> int:
     for size in sizes:
         scene = Scene(model, size, given.steps, device, given.compile)
         truth = methods.truth(scene)
-        for dtype in dtypes:
-            peaks = {}
-            if not given.no_memory:
-                names = ("ours", "E", *(("C",) if "c" in given.baselines else ()))
-                peaks = {name: peak_memory(scene, dtype, name, given.model) for name in names}
-            rows = compare(scene, dtype, truth, "".join(given.baselines), given)
-            for row in rows:
-                row["peak_mb"] = peaks.get(row["name"].removesuffix("-plain"))
-                timing.append(given.out, {**row, **world})
-            gc.collect()
-            print(table(rows), flush=True)
-            done += rows
+        names = () if given.no_memory else ("ours", "E", *(("C",) if "c" in given.baselines else ()))
+        peaks = {
+            (name, dtype): peak_memory(scene, dtype, name, given.model) for name in names for dtype in dtypes
+        }
+        rows = compare(scene, truth, "".join(given.baselines), given)
+        for row in rows:
+            row["peak_mb"] = peaks.get((row["name"].removesuffix("-plain"), row["dtype"]))
+            timing.append(given.out, {**row, **world})
+        gc.collect()
+        print(table(rows), flush=True)
+        done += rows
     return 1 if any("reason" in row for row in done) else 0
 
 
