@@ -15,16 +15,8 @@ from acs_fast.linear import Linear
 from acs_fast.models.dit import DiT, DiTBlock, timestep_features
 from acs_fast.ops import Ops
 
-
-class Modulations(NamedTuple):
-    """Where a block's six modulations lie in a row of the table, in units of the width D."""
-
-    shift_msa: int = 0
-    scale_msa: int = 1
-    gate_msa: int = 2
-    shift_mlp: int = 3
-    scale_mlp: int = 4
-    gate_mlp: int = 5
+# where a block's six modulations lie in a row of the table, in units of the width D
+SHIFT_MSA, SCALE_MSA, GATE_MSA, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 
 class Table:
@@ -166,21 +158,20 @@ class Denoiser:
             return self.ops.gated_residual_adaln(tokens, y, *which, rows, eps=eps, out=(tokens, normed))
 
         self._embed(x)
-        m = Modulations()
-        first = columns(0, m.shift_msa, m.scale_msa)
+        first = columns(0, SHIFT_MSA, SCALE_MSA)
         normed = self.ops.adaln(tokens, *first, rows, eps=self.blocks[0].eps[0], out=normed)
         for i, block in enumerate(self.blocks):
             qkv = block.qkv(normed.view(-1, d), self.hidden.view(-1)[: 3 * normed.numel()].view(-1, 3 * d))
             heads = self.config.num_heads
             attended = self.attention(qkv.view(n, -1, 3, heads, d // heads)).view(-1, d)
             y = block.proj(attended, self.branch)
-            within = columns(i, m.gate_msa, m.shift_mlp, m.scale_mlp)
+            within = columns(i, GATE_MSA, SHIFT_MLP, SCALE_MLP)
             tokens, normed = residual(y, within, block.eps[1])
             y = block.fc2(block.fc1(normed.view(-1, d), self.hidden), self.branch)
             # the final layer's shift and scale lie in the table where those of a next block would
-            after = columns(i + 1, m.shift_msa, m.scale_msa)
+            after = columns(i + 1, SHIFT_MSA, SCALE_MSA)
             eps = self.blocks[i + 1].eps[0] if i + 1 < len(self.blocks) else self.final_eps
-            tokens, normed = residual(y, (*columns(i, m.gate_mlp), *after), eps)
+            tokens, normed = residual(y, (*columns(i, GATE_MLP), *after), eps)
         return self._unpatchify(self.final(normed.view(-1, d), self.patched))
 
     def _embed(self, x: Tensor) -> None:

@@ -153,10 +153,11 @@ class Trainer:
         mirror: bool,
         seed: int,
     ) -> Iterator[Tensor]:
-        """Train `network` from the weights `initial` as `train_classifier` says; yield every step's loss.
+        """Train `network` from the weights `initial` with AdamW and a cosine rate on hard labels.
 
-        images: as there, in any floating dtype, on the network's device or, where they are many, on the CPU.
-        A loss is a 0-d tensor on the device: nothing waits for the device before somebody reads it.
+        images: [N, C, H, W] in the model's range and any floating dtype, on the network's device or, where
+        they are many, on the CPU. labels: int64 [N]. Every epoch is a new permutation drawn from `seed`.
+        Yields every step's loss, a 0-d tensor on the device: nothing waits before somebody reads it.
         """
         generator = torch.Generator().manual_seed(seed)
         batch_size = min(batch_size, len(labels))
@@ -227,34 +228,6 @@ def _train_step(
     loss.backward()
     optimizer.step()
     loss_out.copy_(loss.detach())
-
-
-def train_classifier(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    mirror: bool,
-    seed: int,
-) -> Iterator[Tensor]:
-    """Train in place with AdamW and a cosine rate on hard labels, and yield the loss of every step.
-
-    images: fp32 [N, C, H, W] in the model's range; labels: int64 [N]. A loss is a 0-d tensor on the device.
-    Every epoch is a new permutation drawn from `seed`.
-    """
-    return Trainer(network).fit(
-        network.state_dict(),
-        images,
-        labels,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        mirror=mirror,
-        seed=seed,
-    )
 
 
 @torch.no_grad()

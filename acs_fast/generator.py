@@ -23,7 +23,7 @@ from acs_fast.plan import available_memory, bytes_per_image
 from acs_fast.sampler import denoise
 
 BATCH_SIZES, SMALL_BATCH_SIZE = {"cuda": 66, "cpu": 4}, 100
-GRADIENT_FACTOR = 7  # memory of a decode with its gradient, in decodes without: 5.6 counted for AutoencoderKL
+GRADIENT_FACTOR = 7  # memory of a decode with its gradient, in decodes without
 
 
 class ImageGenerator:
@@ -213,6 +213,7 @@ class ImageGenerator:
             "model_sha256": sha256,
             **{name: vae.digest() if vae else None for name, vae in vaes.items()},
             "ops": {"sources": dict(self.ops.sources)},
+            "attention": {} if self.attention is None else dataclasses.asdict(self.attention),
         }
 
 

@@ -42,8 +42,8 @@ def bytes_per_image(shape: DiTConfig, dtype: torch.dtype, jacobian: str = "ident
     """What the engine holds for an image of a batch: both branches' tokens, hidden layer and attention.
 
     Per token: residual, its norm, a branch's result, attention's result, and 4 D of the MLP, twice for
-    libraries that do not write in place. The guidance by a ConvNet-3 adds about a tenth. With the full
-    Jacobian autograd keeps about 19 D per token and block.
+    libraries that do not write in place, and 2 D for the guidance. With the full Jacobian autograd keeps
+    about 19 D per token and block.
     """
     tokens = 2 * (shape.input_size // shape.patch_size) ** 2
     widths = 14 + (19 * shape.depth if jacobian == "full" else 0)

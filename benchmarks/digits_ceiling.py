@@ -19,7 +19,7 @@ from torch import Tensor
 
 from acs_fast.config import DistillConfig
 from acs_fast.data import DIGITS, ImageSet, load_images, to_model_range
-from acs_fast.discriminator import train_classifier
+from acs_fast.discriminator import Trainer
 from acs_fast.models.classifier import build_classifier
 from benchmarks.digits import RANDOM, RESULTS, judge, run
 
@@ -93,9 +93,8 @@ def losses(
     torch.manual_seed(seed)
     network = build_classifier(config.discriminator, 1, 10, 8)
     lr, batch_size = config.discriminator_lr, config.discriminator_batch_size
-    for _ in train_classifier(
-        network, x, labels, steps=steps, lr=lr, batch_size=batch_size, mirror=False, seed=seed
-    ):
+    settings = {"steps": steps, "lr": lr, "batch_size": batch_size, "mirror": False, "seed": seed}
+    for _ in Trainer(network).fit(network.state_dict(), x, labels, **settings):
         pass
     with torch.no_grad():
         return F.cross_entropy(network.eval()(all_x), all_labels, reduction="none")

@@ -13,8 +13,8 @@ ENGINE = [
     Mutation(
         "the table mixes gate and shift",
         "acs_fast/denoiser.py",
-        "gate_msa: int = 2\n    shift_mlp: int = 3",
-        "gate_msa: int = 3\n    shift_mlp: int = 2",
+        "GATE_MSA, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)",
+        "SHIFT_MLP, GATE_MSA, SCALE_MLP, GATE_MLP = range(6)",
         "in_float64_it_is_the_plain_model",
         DENOISER,
     ),

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from acs_fast import discriminator
 from acs_fast.augment import random_resized_crop
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.discriminator import Classifiers, Trainer, score, train_classifier
+from acs_fast.discriminator import Classifiers, Trainer, score
 from acs_fast.models.classifier import build_classifier
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_training_is_the_plain_loop_bit_for_bit(case: str) -> None:
     expected, network = build(*NETWORKS[case]), build(*NETWORKS[case])
     images, labels = data(*NETWORKS[case][1:])
-    losses = list(train_classifier(network, images, labels, **SETTINGS))
+    losses = list(Trainer(network).fit(network.state_dict(), images, labels, **SETTINGS))
     assert [loss.item() for loss in losses] == plainly(expected, images, labels)
     assert same(network, expected) and not same(network, build(*NETWORKS[case]))
     assert all(loss.shape == () and not loss.requires_grad for loss in losses)
@@ -108,7 +108,7 @@ def test_images_in_bfloat16_are_trained_on_in_float32() -> None:
     images, labels = data(1, 8, 20, 4)
     expected, network = build(*NETWORKS["digits"]), build(*NETWORKS["digits"])
     plainly(expected, images.bfloat16().float(), labels)
-    list(train_classifier(network, images.bfloat16(), labels, **SETTINGS))
+    list(Trainer(network).fit(network.state_dict(), images.bfloat16(), labels, **SETTINGS))
     assert same(network, expected)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from acs_fast import compiled, generator, networks, ops
+from acs_fast import compiled, generator, networks, ops, report
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.curriculum import distill, keep_resolved, with_absolute_paths
 from acs_fast.engine import StepEngine
@@ -18,6 +20,7 @@ from acs_fast.generator import ImageGenerator
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.networks import resolve_dtype
+from acs_fast.report import contact_sheet
 from tests.runs import contents
 from tests.test_sampler import randomise
 
@@ -243,3 +246,29 @@ def test_a_long_list_of_classes_is_no_path(tmp_path: Path, monkeypatch) -> None:
         assert with_absolute_paths(DistillConfig(classes=text)).classes == text
     (tmp_path / "list.txt").write_text("n1")
     assert with_absolute_paths(DistillConfig(classes="list.txt")).classes == str(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_memory_that_is_asked_for_holds_the_buffers(tmp_path: Path, batch_size: int) -> None:
+    made = make(tmp_path, dataclasses.replace(LARGE, in_channels=1), compile="off")
+    made.prepare(batch_size, [0])
+    held = vars(made.engine.denoiser).values()
+    buffers = sum(value.nbytes for value in held if isinstance(value, torch.Tensor) and value.shape[0] > 1)
+    asked = batch_size * generator.bytes_per_image(made.shape, made.dtype)
+    assert 0.4 * asked < buffers < asked + 200_000  # the rest is attention's and the libraries'
+
+
+def test_the_record_says_which_attention_ran_and_what_refused(tiny) -> None:
+    record = json.loads((distill(tiny()) / "config.json").read_text())
+    assert record["attention"]["name"] == record["config"]["attention"] == "flash"
+    assert record["attention"]["refusals"]["xformers"] and record["attention"]["seconds"] == {}
+
+
+def test_the_sheet_of_many_images_is_small(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a").mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "a" / f"{index}.png")
+    whole = Image.open(io.BytesIO(contact_sheet(tmp_path, ("a",), [range(3)])))
+    monkeypatch.setattr(report, "MAX_PIXELS", 3 * 20 * 20)
+    small = Image.open(io.BytesIO(contact_sheet(tmp_path, ("a",), [range(3)])))
+    assert whole.height - small.height == 64 - 20

@@ -285,3 +285,12 @@ def test_memory_that_runs_out_while_sampling_is_one_sentence(
     monkeypatch.undo()
     out = tmp_path / "run"
     assert len(images(out)) == 4  # the first two batches
+
+
+def test_a_run_is_not_continued_with_another_vae(make, tmp_path: Path, capsys) -> None:
+    settings = make()
+    out = run(settings)
+    record = json.loads((out / "config.json").read_text())
+    assert len(record["vae_sha256"]) == 64 and record["seen_by_sha256"] is None
+    (out / "config.json").write_text(json.dumps({**record, "vae_sha256": "0" * 64}))
+    assert f"vae_sha256 {'0' * 64} there, {record['vae_sha256']} here" in sentence(settings, tmp_path, capsys)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from acs_fast.config import InputError
 from acs_fast.models.dit import DiTConfig
-from acs_fast.models.vae import check_fits, load_vae
+from acs_fast.models.vae import VAE, check_fits, load_vae
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -219,3 +219,11 @@ def test_latent_channels_must_fit_the_model(tmp_path):
     check_fits(vae, DiTConfig(in_channels=4))
     with pytest.raises(InputError, match="4 latent channels, the model samples 3"):
         check_fits(vae, DiTConfig(in_channels=3))
+
+
+def test_the_digest_is_of_the_weights() -> None:
+    first, second = VAE(small_kl()), VAE(small_kl())
+    assert first.digest() == second.digest()
+    with torch.no_grad():
+        next(second.module.parameters()).flatten()[0] += 1e-3
+    assert first.digest() != second.digest()
