@@ -67,6 +67,6 @@ endif
 .venv/.test-installed: .venv/.installed
 	@echo 'Installing the test tools into .venv ...'
 	@touch .venv/.unfinished
-	@$(PIP) install -c constraints.txt -e '.[test,triton]'
+	@$(PIP) install -c constraints.txt -e '.[test,triton,dali]'
 	@rm .venv/.unfinished
 	@touch $@

@@ -59,6 +59,25 @@ def random_resized_crop(images: Tensor, mirror: bool, generator: torch.Generator
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+def shift_and_flip(images: Tensor, mirror: bool, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to an eighth of its edge on both axes, the border repeated: for latents.
+
+    images: [B, C, S, S]. mirror: also flip every other image, in expectation. Nothing is interpolated, since
+    a resized latent is no latent of a resized image.
+    """
+    b, _, size, _ = images.shape
+    reach = size // 8
+    dy, dx = (torch.randint(-reach, reach + 1, (b, 1), generator=generator) for _ in range(2))
+    place = torch.arange(size)
+    rows, columns = (place + dy).clamp(0, size - 1), (place + dx).clamp(0, size - 1)  # [B, S]
+    if mirror:
+        flipped = torch.rand(b, 1, generator=generator) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
+    rows, columns = to_device(rows, images.device), to_device(columns, images.device)
+    images = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return images.gather(3, columns[:, None, None, :].expand_as(images))
+
+
 def color_jitter(images: Tensor, generator: torch.Generator, strength: float = 0.4) -> Tensor:
     """Brightness, contrast, saturation: each blended by a factor in 1 +- strength, random order per image."""
     b = len(images)

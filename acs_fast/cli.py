@@ -17,6 +17,7 @@ from acs_fast.config import (
     PRESETS,
     BenchConfig,
     DistillConfig,
+    EncodeConfig,
     EvaluateConfig,
     InputError,
     TrainConfig,
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     2, with one sentence on stderr, for unusable input.
     """
     args = make_parser().parse_args(argv)
-    again = "run the same command again to continue" if args.call is run_distill else ""
+    again = "run the same command again to continue" if args.call in (run_distill, run_encode) else ""
     try:
         return args.call(args) or 0
     except InputError as error:
@@ -76,6 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_fields(command, EvaluateConfig)
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     command.set_defaults(call=run_evaluate)
+
+    command = commands.add_parser("encode", help="encode real images once, for objectives that need them")
+    add_fields(command, EncodeConfig)
+    command.set_defaults(call=run_encode)
 
     command = commands.add_parser("train", help="train a small DiT on an image set")
     add_fields(command, TrainConfig)
@@ -166,6 +171,17 @@ def report_evaluation(config: EvaluateConfig, as_json: bool) -> None:
     report = Path(config.path) / "report.html"
     if report.is_file() and not as_json:
         print(f"  {Path(config.path) / 'results.json'}\n  {report}")
+
+
+def run_encode(args: argparse.Namespace) -> None:
+    """`acs-fast encode`."""
+    config = resolve(EncodeConfig, given(args, EncodeConfig), args.config)
+    if not config.real:
+        raise InputError("encode needs the images' folder: --real FOLDER")
+    from acs_fast.encoding import encode  # deferred: see run_distill
+
+    out, whole = encode(config)
+    print(f"  {out}" if whole else f"  {out}: other ranks have not ended yet")
 
 
 def run_train(args: argparse.Namespace) -> None:

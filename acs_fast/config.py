@@ -18,6 +18,8 @@ class Configuration(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
+REAL_OBJECTIVES = ("learnability", "density_ratio")  # those that are trained on real images too
+
 T = TypeVar("T", bound=Configuration)
 
 
@@ -53,6 +55,11 @@ def guidance_space_option() -> Any:
     """Where the gradient is taken."""
     text = "what the discriminator sees: the sample itself, or its decode by the (tiny) VAE"
     return option("latent", text, ("latent", "pixel", "pixel-tiny"))
+
+
+def loader_option() -> Any:
+    """Which loader decodes real images."""
+    return option("auto", "decodes real images; auto: DALI where it is installed", ("auto", "dali", "pil"))
 
 
 def _require(holds: bool, message: str) -> None:
@@ -96,19 +103,32 @@ class DistillConfig:
         "madebyollin/taesd", "AutoencoderTiny of --guidance-space pixel-tiny: id or folder"
     )
     real: str = option(
-        "digits", "real images: the bundled 'digits' or a folder train/<class>/*, val/<class>/*"
+        "digits",
+        "real images: the bundled 'digits', a folder train/<class>/*, val/<class>/*, or WebDataset shards",
+    )
+    loader: str = loader_option()
+    cache: str | None = option(
+        None,
+        "latents of the real images, as `encode` makes them, for latent models whose objective needs real "
+        "images; made there if absent; default: latents/ in the output folder",
     )
     classes: str | None = option(
         None,
-        "class names or label numbers, comma-separated or a text file with one a line (ImageNet: wnids); "
+        "class names or label numbers, comma-separated, a text file with one a line (ImageNet: wnids) or one "
+        "of the lists imagewoof, imagenette, imagenet1k; "
         "default: all of the model's",
     )
     ipc: int = option(10, "images per class")
     num_curricula: int = option(5, "number of curricula the ipc images are split into")
     objective: str = option(
-        "adversarial", "what the guidance ascends", ("adversarial", "nonsaturating", "learnability")
+        "adversarial",
+        "what the guidance ascends; learnability and density_ratio are trained on real images too",
+        ("adversarial", "nonsaturating", "learnability", "density_ratio"),
     )
     omega: float = option(1.0, "weight of the real-image classifier in the learnability objective")
+    repulsion: float = option(
+        0.0, "weight of the repulsion from the nearest earlier sample of the class (IGD's diversity term)"
+    )
     guidance_scale: float = option(
         0.15, "length of the guidance step in trust radii; 0 samples without guidance"
     )
@@ -169,6 +189,7 @@ class DistillConfig:
         )
         _require(2 <= steps <= 1000, f"--num-sampling-steps is {steps}, it must be 2 to 1000")
         _require(0 <= low <= high <= 1, f"--guidance-window {low} {high} is no interval inside 0 to 1")
+        _require(self.repulsion >= 0, f"--repulsion is {self.repulsion}, it must not be negative")
         _require(
             self.guidance_scale >= 0, f"--guidance-scale is {self.guidance_scale}, it must not be negative"
         )
@@ -206,6 +227,35 @@ class EvaluateConfig:
         _check(self, ("ipc", "repeats", "epochs"))
         for name in self.baselines:
             _require(name in ("random", "plain"), f"there is no baseline {name!r}; use random, plain or both")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What `encode` puts through which VAE: the latent cache of a set of real images."""
+
+    preset: str | None = option(None, "named set of defaults for the fields below")
+    out: str = option("runs/latents", "the cache's folder; an interrupted one is continued")
+    real: str = option("", "real images: a folder train/<class>/* or <class>/*, or WebDataset shards")
+    model: str = option("facebook/DiT-XL-2-256", "the latent DiT that they are for, as distill takes it")
+    vae: str | None = option(None, "its VAE, as distill takes it")
+    classes: str | None = option(
+        None, "class names or label numbers, comma-separated or a text file; default: all of the model's"
+    )
+    loader: str = loader_option()
+    batch_size: int = option(16, "images encoded together")
+    dtype: str = option(
+        "auto", "the VAE's on a GPU: that of distill's --dtype; auto: bf16", ("auto", "bf16", "fp32")
+    )
+    rank: int = option(0, "this process's number, where several share the work")
+    num_ranks: int = option(1, "how many processes share the work")
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        _check(self, ("batch_size", "num_ranks"))
+        _require(
+            0 <= self.rank < self.num_ranks,
+            f"--rank is {self.rank}, it must be 0 to --num-ranks - 1, {self.num_ranks - 1}",
+        )
 
 
 @dataclass(frozen=True)
@@ -276,6 +326,7 @@ class BenchConfig:
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {
     DistillConfig: {"digits": {}},
     EvaluateConfig: {"digits": {"protocol": "hard-adamw", "epochs": 400}},
+    EncodeConfig: {"digits": {}},
     TrainConfig: {"digits": {}},
     BenchConfig: {"digits": {"model": "digits"}},
 }

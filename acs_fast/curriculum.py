@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from acs_fast.augment import to_device
 from acs_fast.config import DistillConfig, InputError, resolve
-from acs_fast.data import DIGITS, ImageSet, load_images, select_classes, to_model_range
-from acs_fast.discriminator import Classifiers, score
+from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
 from acs_fast.output import Output
 from acs_fast.plan import Item, available_memory, curriculum_batches, curriculum_ranges
 from acs_fast.report import contact_sheet
+from acs_fast.steering import Steering
 from acs_fast.writer import (
     RUN_CONFIG,
     Manifest,
@@ -39,7 +38,7 @@ from acs_fast.writer import (
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 # settings whose `auto` is resolved by measurement or by the machine: a run that is continued keeps its own
-RESOLVED = ("dtype", "attention", "compile", "batch_size")
+RESOLVED = ("dtype", "attention", "compile", "batch_size", "loader")
 
 
 def distill(config: DistillConfig, overwrite: bool = False) -> Path:
@@ -64,6 +63,8 @@ def distill(config: DistillConfig, overwrite: bool = False) -> Path:
         traceback.clear_frames(error.__traceback__)  # they hold the engine
         raise InputError(run.out_of_memory() if run else "the model does not fit into the memory") from error
     waited = f", {run.waited:.1f} s of it waiting for files" if run.waited >= 0.1 else ""
+    if run.steering.real is not None and run.steering.real.waited >= 0.1:
+        waited += f", {run.steering.real.waited:.1f} s waiting for real images"
     print(f"{out}: {run.total} images, {run.sampled} of them sampled now, in {seconds:.1f} s{waited}")
     return out
 
@@ -90,13 +91,7 @@ class Run:
         self.waited = 0.0  # seconds that sampling stood still for decoding and writing
         self.total, self.sampled = config.ipc * len(self.classes), 0
         self.guided = config.guidance_scale > 0 and config.num_curricula > 1
-        channels, size = self.generator.seen_shape()
-        folder = self.out / "discriminators"
-        self.classifiers = Classifiers(config, channels, size, len(self.classes), self.device, folder)
-        # the real images now, if they are needed: what is missing there is refused before anything is written
-        learnability = self.guided and config.objective == "learnability"
-        needed = learnability and (overwrite or not self.classifiers.is_trained("real"))
-        self.real = self._load_real() if needed else None
+        self.steering = Steering(config, self.generator, self.classes, self.batches, self.guided, overwrite)
 
     def start(self) -> None:
         """Take the run folder, find what is missing in it, and print the plan."""
@@ -129,6 +124,7 @@ class Run:
         if any(self.missing.values()):
             warn_of_other_code(stored, record)
             print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
+            self.steering.prepare()
             self.generator.prepare(self.bucket, self.class_labels)
         print(self._plan(), flush=True)
 
@@ -145,7 +141,7 @@ class Run:
         missing = self.missing[curriculum]
         if not missing:
             return
-        guidance = self._guidance(curriculum) if self.guided and curriculum > 1 else None
+        guidance = self.steering.guidance(curriculum) if self.guided and curriculum > 1 else None
         images = sum(len(batch) for _, batch in missing)
         title = f"curriculum {curriculum}/{self.config.num_curricula} sample"
         with tqdm(total=images, desc=title, unit="image", disable=None, bar_format=BAR) as progress:
@@ -172,8 +168,8 @@ class Run:
         samples = x.detach().clone()
         scores = None
         if guidance is not None:
-            seen = self.generator.seen(samples)
-            scores = score(guidance.discriminator, seen, to_device(positions, self.device))
+            targets = to_device(positions, self.device)
+            scores = self.steering.score(guidance.discriminator, samples, targets)
         rows = [
             {
                 "class": self.classes[item.position],
@@ -184,28 +180,8 @@ class Run:
             for item in batch
         ]
         locate = partial(self.generator.first_non_finite, *inputs, guidance)
-        self.output.submit(samples, self._samples_path(curriculum, number), rows, scores, locate)
+        self.output.submit(samples, self.steering.samples_path(curriculum, number), rows, scores, locate)
         self.sampled += len(batch)
-
-    def _guidance(self, curriculum: int) -> Guidance:
-        c = self.config
-        discriminator, real_classifier = self._discriminator(curriculum), None
-        if c.objective == "learnability":
-            title = f"curriculum {curriculum}/{c.num_curricula} real classifier"
-            real_classifier = self.classifiers.get("real", title, self._take_real, c.real_steps)
-        return self.generator.steer(discriminator, real_classifier)
-
-    def _discriminator(self, curriculum: int) -> nn.Module:
-        """f_i of a curriculum; a warm one starts from the one before, which is trained anew if it is lost."""
-        c = self.config
-        warm = c.discriminator_init == "warm" and curriculum > 2
-        return self.classifiers.get(
-            str(curriculum),
-            f"curriculum {curriculum}/{c.num_curricula} discriminator",
-            lambda: self._sampled_before(curriculum),
-            c.discriminator_steps,
-            (lambda: self._discriminator(curriculum - 1)) if warm else None,
-        )
 
     def out_of_memory(self) -> str:
         """The sentence for a run that the memory cannot hold, with the batch size that would fit."""
@@ -215,34 +191,6 @@ class Run:
         return (
             out_of_memory(self.bucket, min(fits, self.bucket - 1)) + ", in another --out or with --overwrite"
         )
-
-    def _load_real(self) -> ImageSet:
-        channels, size = self.generator.seen_shape()
-        return load_images(self.config.real, "train", self.classes, size, channels)
-
-    def _take_real(self) -> tuple[Tensor, Tensor]:
-        """The real images and their labels, once: afterwards they are not kept."""
-        real, self.real = self.real or self._load_real(), None
-        return to_model_range(real.images).to(self.device), real.labels.to(self.device)
-
-    def _sampled_before(self, curriculum: int) -> tuple[Tensor, Tensor]:
-        """The samples of all earlier curricula and the positions of their classes."""
-        channels, size = self.generator.seen_shape()
-        # decoded images of a large run do not fit beside the engine: the trainer takes them from the host
-        place = self.device if self.generator.seen_by is None else torch.device("cpu")
-        count = len(self.classes) * self.ranges[curriculum - 1].start
-        samples = torch.empty(count, channels, size, size, device=place)
-        positions: list[int] = []
-        for earlier, batches in enumerate(self.batches[: curriculum - 1], start=1):
-            for number, batch in enumerate(batches):
-                path = self._samples_path(earlier, number)
-                stored = read_tensors(path)
-                if stored is None:
-                    raise InputError(f"{path} is gone or damaged; run the command again to make it anew")
-                rows = slice(len(positions), len(positions) + len(batch))
-                samples[rows] = self.generator.seen(stored["samples"].to(self.device))
-                positions += [item.position for item in batch]
-        return samples, torch.tensor(positions, device=self.device)
 
     def _plan(self) -> str:
         c, calls = self.config, sum(map(len, self.batches)) * self.config.num_sampling_steps
@@ -267,7 +215,7 @@ class Run:
         if not self.guided or not trained:
             return sampling
         channels, size = self.generator.seen_shape()
-        network = self.classifiers.build("estimate")
+        network = self.steering.classifiers.build("estimate")
         batch = torch.zeros(c.discriminator_batch_size, channels, size, size, device=self.device)
         steps = trained * c.discriminator_steps + (c.real_steps if c.objective == "learnability" else 0)
         window = c.guidance_window[1] - c.guidance_window[0]
@@ -275,7 +223,7 @@ class Run:
         return sampling * overhead + steps * time_call(lambda: network(batch).sum().backward(), self.device)
 
     def _done(self, curriculum: int, number: int, batch: list[Item]) -> bool:
-        stored = read_tensors(self._samples_path(curriculum, number))
+        stored = read_tensors(self.steering.samples_path(curriculum, number))
         whole = stored is not None and len(stored["samples"]) == len(batch)
         return whole and self.manifest.holds([self._key(item) for item in batch])
 
@@ -286,13 +234,10 @@ class Run:
     def _key(self, item: Item) -> tuple[str, int]:
         return self.classes[item.position], item.index
 
-    def _samples_path(self, curriculum: int, number: int) -> Path:
-        return self.out / "samples" / f"{curriculum}-{number}.safetensors"
-
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
     """The configuration as a later command can use it from any folder; the bundled names stay."""
-    names = ("model", "real", "vae", "tiny_vae", "classes")
+    names = ("model", "real", "vae", "tiny_vae", "classes", "cache")
     given = {name: value for name in names if (value := getattr(config, name)) and value != DIGITS}
     exists = {name: os.path.isfile if name == "classes" else os.path.exists for name in given}
     paths = {name: os.path.abspath(value) for name, value in given.items() if exists[name](value)}

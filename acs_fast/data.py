@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from acs_fast.config import InputError
+from acs_fast.listing import class_folders, known_classes, list_images, read_bytes
+from acs_fast.loader import ordered, resolve_loader
 
 ASSETS = Path(__file__).parent / "assets"
 DIGITS = "digits"  # the name of the bundled data set
@@ -85,10 +89,16 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
-    """The names that `--classes` gives: comma-separated ones, or those of a text file, one a line.
+    """The names that `--classes` gives: comma-separated ones, those of a text file, or of a built-in list.
+
+    A text file has one a line; the lists are `imagewoof`, `imagenette` and `imagenet1k`.
 
     Raises InputError for a file that cannot be read, no name at all, or one that is no plain folder name.
     """
+    if text in LISTS:
+        return tuple(LISTS[text].split())
+    if text == "imagenet1k":
+        return imagenet_classes()
     if os.path.isfile(text) or ("," not in text and ("/" in text or text.endswith(".txt"))):
         return read_class_list(Path(text))
     names = tuple(name.strip() for name in text.split(",") if name.strip())
@@ -139,6 +149,15 @@ def check_classes(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+# label order = list order; ImageWoof's is the field's, which is not sorted (PROTOCOLS.md section 4)
+LISTS = {
+    "imagewoof": "n02096294 n02093754 n02111889 n02088364 n02086240 n02089973 n02087394 n02115641 n02099601 "
+    "n02105641",
+    "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 "
+    "n03888257",
+}
+
+
 def has_splits(source: str) -> bool:
     """Whether a source keeps its training images apart from its test images."""
     return source == DIGITS or all((Path(source) / split).is_dir() for split in ("train", "val"))
@@ -150,14 +169,17 @@ def load_images(
     classes: tuple[str, ...] | None = None,
     size: int | None = None,
     channels: int | None = None,
+    loader: str = "auto",
 ) -> ImageSet:
-    """All images of a source: `digits` or a folder `<split>/<class>/*` (or `<class>/*` without splits).
+    """All images of a source: `digits`, a folder `<split>/<class>/*` (or `<class>/*`), WebDataset shards.
 
     split: `train` or `val`; None reads a distilled set, which is a folder `<class>/*` whatever its names are.
     classes: label order, default the sorted folder names. size: shorter side resized to it and the centre
     cropped, default the size of the first image. channels: 1 or 3, default those of the first image.
+    loader: `auto`, `dali` or `pil`; a distilled set is always read by Pillow, as it lies.
 
-    Raises InputError naming a missing folder, an empty class or an unreadable image.
+    Unusable files of real images are left out, and named on stderr. Raises InputError naming a missing
+    folder, an empty class or, in a distilled set, an unreadable image.
     """
     if source == DIGITS and split is not None:
         if size not in (None, 8) or channels not in (None, 1):
@@ -165,11 +187,12 @@ def load_images(
                 "the digits are grey and 8x8, which does not fit here; name other images: --real FOLDER"
             )
         return _load_digits(split, classes)
+    if split is not None:
+        return _load_listed(source, split, classes and check_classes(classes), size, channels, loader)
     root = Path(source)
-    root = root / split if split and (root / split).is_dir() else root
     if not root.is_dir():
         raise InputError(f"there is no image folder {root}; give a folder of class folders")
-    names = classes or tuple(_class_folders(root))
+    names = classes or tuple(class_folders(root))
     if not names:
         raise InputError(f"image folder {root} has no class folders; expected {root}/<class>/<image>")
     images, labels = [], []
@@ -177,7 +200,9 @@ def load_images(
         folder = root / name
         files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise InputError(f"class folder {folder} is missing or holds no images; known: {_known(root)}")
+            raise InputError(
+                f"class folder {folder} is missing or holds no images; known: {known_classes(root)}"
+            )
         for path in files:
             pixels = read_image(path, size, channels)
             size, channels = size or min(pixels.shape[1:]), channels or pixels.shape[0]
@@ -203,6 +228,33 @@ def read_image(path: Path, size: int | None = None, channels: int | None = None)
     return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1).contiguous()
 
 
+def _load_listed(
+    source: str,
+    split: str,
+    classes: tuple[str, ...] | None,
+    size: int | None,
+    channels: int | None,
+    loader: str,
+) -> ImageSet:
+    """Real images, by the loader."""
+    listing = list_images(source, split, classes)
+    if text := listing.summary():
+        print(text, file=sys.stderr)
+    first = listing.entries[0]
+    size = size or min(first.width, first.height)
+    if channels is None:
+        with Image.open(io.BytesIO(read_bytes(first))) as image:
+            channels = 1 if image.mode in ("1", "L") else 3
+    images = torch.empty(len(listing.entries), channels, size, size, dtype=torch.uint8)
+    batches = ordered(
+        listing, range(len(images)), size=size, channels=channels, batch_size=64,
+        loader=resolve_loader(loader), device=torch.device("cpu"),
+    )  # fmt: skip
+    for batch in batches:
+        images[batch.rows] = to_uint8(batch.images)
+    return ImageSet(images, listing.labels, listing.classes)
+
+
 def _load_digits(split: str, classes: tuple[str, ...] | None) -> ImageSet:
     tensors = load_file(ASSETS / "digits.safetensors")
     names = tuple(str(digit) for digit in range(10))
@@ -217,12 +269,3 @@ def _load_digits(split: str, classes: tuple[str, ...] | None) -> ImageSet:
     kept = [chosen.take(torch.nonzero(chosen.labels == names.index(name))[:, 0]) for name in classes]
     new_labels = torch.cat([torch.full((len(part),), y) for y, part in enumerate(kept)])
     return ImageSet(torch.cat([part.images for part in kept]), new_labels, classes, mirror=False)
-
-
-def _class_folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _known(root: Path) -> str:
-    names = _class_folders(root)
-    return " ".join(names[:10]) + (" ..." if len(names) > 10 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from acs_fast import graph
-from acs_fast.augment import random_resized_crop, to_device
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.data import DIGITS
+from acs_fast.feeds import Examples, permuted
 from acs_fast.models.classifier import build_classifier
 from acs_fast.writer import read_tensors, write_tensors
 
@@ -54,14 +53,14 @@ class Classifiers:
         self,
         name: str,
         title: str,
-        data: Callable[[], tuple[Tensor, Tensor]],
+        feed: Callable[[int], Generator[Examples]],
         steps: int,
         previous: Callable[[], nn.Module] | None = None,
     ) -> nn.Module:
         """The trained classifier: from the folder, or trained now (a bar shows it) and put there.
 
-        data: makes the images and labels to train on. previous: makes the classifier from whose weights to
-        start, instead of new ones. Neither is called for a classifier that is in the folder.
+        feed: makes the endless batches to train on, from a seed. previous: makes the classifier from whose
+        weights to start, instead of new ones. Neither is called for a classifier that is in the folder.
         """
         network = self.build(name)
         state = read_tensors(self._path(name))
@@ -69,30 +68,28 @@ class Classifiers:
             network.load_state_dict(state)
         else:
             initial = (network if previous is None else previous()).state_dict()
-            network.load_state_dict(self._train(name, title, initial, *data(), steps))
+            network.load_state_dict(self._train(name, title, initial, feed, steps))
             write_tensors(self._path(name), network.state_dict())
         return network.eval().requires_grad_(False)
 
     def _train(
-        self, name: str, title: str, initial: dict[str, Any], images: Tensor, labels: Tensor, steps: int
+        self,
+        name: str,
+        title: str,
+        initial: dict[str, Any],
+        feed: Callable[[int], Generator[Examples]],
+        steps: int,
     ) -> dict[str, Any]:
         """The weights that training from `initial` ends with; InputError if they are not finite."""
         c = self.config
         self.trainer = self.trainer or Trainer(self.build(name))
-        losses = self.trainer.fit(
-            initial,
-            images,
-            labels,
-            steps=steps,
-            lr=c.discriminator_lr,
-            batch_size=c.discriminator_batch_size,
-            mirror=c.real != DIGITS or self.shape[0] != 1,  # a mirrored digit is none
-            seed=self._seed(name),
-        )
+        batches = feed(self._seed(name))
+        losses = self.trainer.learn(initial, batches, steps=steps, lr=c.discriminator_lr)
         with tqdm(losses, total=steps, desc=title, unit="step", disable=None) as progress:
             for step, loss in enumerate(progress, start=1):
                 if step % SHOWN_EVERY == 0 or step == steps:
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        batches.close()  # ends the threads that read ahead
         state = self.trainer.network.state_dict()
         if not all(bool(torch.isfinite(values).all()) for values in state.values()):
             raise InputError(
@@ -117,7 +114,15 @@ class Bucket(NamedTuple):
 
     batch: Tensor
     labels: Tensor
+    real: Tensor | None
     step: Callable[[], None]
+
+    def write(self, examples: Examples) -> None:
+        """Put a batch there."""
+        self.batch.copy_(examples.images)
+        self.labels.copy_(examples.labels)
+        if self.real is not None and examples.real is not None:
+            self.real.copy_(examples.real)
 
 
 class Trainer:
@@ -138,7 +143,7 @@ class Trainer:
         if self.capture:  # a graph reads the rate when it is replayed, so that it must lie on the device
             options = {"lr": torch.zeros((), device=self.device), "capturable": True, "fused": True}
         self.optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY, **options)
-        self.buckets: dict[torch.Size, Bucket] = {}
+        self.buckets: dict[tuple[torch.Size, bool], Bucket] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def fit(
@@ -159,36 +164,43 @@ class Trainer:
         they are many, on the CPU. labels: int64 [N]. Every epoch is a new permutation drawn from `seed`.
         Yields every step's loss, a 0-d tensor on the device: nothing waits before somebody reads it.
         """
-        generator = torch.Generator().manual_seed(seed)
-        batch_size = min(batch_size, len(labels))
+        batches = permuted(
+            images, labels, batch_size=batch_size, mirror=mirror, seed=seed, device=self.device
+        )
+        yield from self.learn(initial, batches, steps=steps, lr=lr)
+
+    def learn(
+        self, initial: dict[str, Any], batches: Generator[Examples], *, steps: int, lr: float
+    ) -> Iterator[Tensor]:
+        """Train `network` from the weights `initial` on a batch a step, with AdamW and a cosine rate.
+
+        Yields every step's loss, a 0-d tensor on the device: nothing waits before somebody reads it.
+        """
         rates = [lr * 0.5 * (1.0 + math.cos(math.pi * step / steps)) for step in range(steps)]
         initial = {name: values.clone() for name, values in initial.items()}  # may be the network's own
-        batch, targets, step_once = self._bucket(torch.Size((batch_size, *images.shape[1:])))
-        self._reset(initial)
-        labels, table = labels.to(self.device), torch.tensor(rates, device=self.device)
-        order = torch.empty(0, dtype=torch.long)
-        for step, rate in enumerate(rates):
-            if len(order) < batch_size:  # what is left of an epoch is dropped: every batch is full
-                order = torch.randperm(len(labels), generator=generator)
-            picked, order = order[:batch_size], order[batch_size:]
-            rows = to_device(picked, self.device)
-            chosen = images[rows] if images.device == self.device else to_device(images[picked], self.device)
-            batch.copy_(random_resized_crop(chosen.to(batch.dtype), mirror, generator))
-            targets.copy_(labels[rows])
+        table, first = torch.tensor(rates, device=self.device), True
+        for step, (rate, examples) in enumerate(zip(rates, batches, strict=False)):
+            bucket = self._bucket(examples)
+            if first:  # after the bucket, whose capture trains
+                self._reset(initial)
+                first = False
+            bucket.write(examples)
             self._set_rate(rate, table[step])
-            step_once()
+            bucket.step()
             yield self.loss.clone()
 
-    def _bucket(self, shape: torch.Size) -> Bucket:
-        if shape not in self.buckets:
-            batch = torch.zeros(shape, device=self.device)
-            labels = torch.zeros(shape[0], dtype=torch.long, device=self.device)
+    def _bucket(self, examples: Examples) -> Bucket:
+        key = (examples.images.shape, examples.real is not None)
+        if key not in self.buckets:
+            batch = torch.zeros(examples.images.shape, device=self.device)
+            labels = torch.zeros(len(batch), dtype=torch.long, device=self.device)
+            real = None if examples.real is None else torch.zeros(len(batch), device=self.device)
             step: Callable[[], None]
-            step = partial(_train_step, self.network, batch, labels, self.optimizer, self.loss)
+            step = partial(_train_step, self.network, batch, labels, real, self.optimizer, self.loss)
             if self.capture:
                 step = self._captured(step)
-            self.buckets[shape] = Bucket(batch, labels, step)
-        return self.buckets[shape]
+            self.buckets[key] = Bucket(batch, labels, real, step)
+        return self.buckets[key]
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """The replay of `step` as a CUDA graph; the warm-up trains on zeros, so `_reset` must follow.
@@ -220,20 +232,55 @@ class Trainer:
 
 
 def _train_step(
-    network: nn.Module, batch: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, loss_out: Tensor
+    network: nn.Module,
+    batch: Tensor,
+    labels: Tensor,
+    real: Tensor | None,
+    optimizer: torch.optim.Optimizer,
+    loss_out: Tensor,
 ) -> None:
-    """One AdamW step on hard labels: what is run eagerly on a CPU and captured on a GPU."""
-    loss = F.cross_entropy(network(batch), labels)
+    """One AdamW step: what is run eagerly on a CPU and captured on a GPU."""
+    if real is None:
+        loss = F.cross_entropy(network(batch), labels)
+    else:
+        loss = losses(network(batch), labels, real).mean()
     optimizer.zero_grad()  # to None: a captured backward pass then makes the gradients in the graph's memory
     loss.backward()
     optimizer.step()
     loss_out.copy_(loss.detach())
 
 
+def losses(logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
+    """Cross-entropy of each label; with `real`, of D(z, y) = sigmoid(logit_y) against it: fp [n].
+
+    The second trains D towards p_real(z | y) / (p_real(z | y) + p_sampled(z | y)) of each class, where both
+    come in equal numbers: the class-conditional density-ratio discriminator of `density_ratio`.
+    """
+    if real is None:
+        return F.cross_entropy(logits, labels, reduction="none")
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return F.binary_cross_entropy_with_logits(own, real, reduction="none")
+
+
 @torch.no_grad()
-def score(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified right (bool [N]) and its cross-entropy (fp32 [N]), on the device."""
-    dtype = next(network.parameters(), images).dtype
-    logits = torch.cat([network(part.to(dtype)) for part in images.split(batch_size)])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.argmax(dim=1) == labels, F.cross_entropy(logits, labels, reduction="none")
+def score(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    real: bool | None = None,
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Whether each image is judged right (bool [N]) and its loss (fp32 [N]), on the network's device.
+
+    real: None judges the class; else the network tells real (True) from sampled images, and what these are.
+    images: on any device.
+    """
+    parameter = next(network.parameters(), images)
+    logits = torch.cat(
+        [network(part.to(parameter.device, parameter.dtype)) for part in images.split(batch_size)]
+    )
+    logits, labels = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.to(logits.device)
+    if real is None:
+        return logits.argmax(dim=1) == labels, losses(logits, labels, None)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return (own > 0) == real, losses(logits, labels, torch.full_like(own, float(real)))

@@ -36,7 +36,7 @@ class StepEngine:
     a curriculum only copies weights into it. A smaller batch is padded with copies of its last image.
 
     Guidance by a ConvNet on the sample with `jacobian="identity"` is one call of `discriminator_guidance`;
-    other networks, spaces and the full Jacobian take autograd's gradient into `guided_step`.
+    other networks, spaces, repulsion and the full Jacobian take autograd's gradient into `guided_step`.
 
     class_labels: the model's labels of the run's classes, in the order in which they are sampled.
     The model's packed weights move into the engine: afterwards the model cannot be called, except where
@@ -123,12 +123,17 @@ class StepEngine:
                 static.copy_(new)
         elif self.guidance is None:
             f_i, f_real = copy.deepcopy((guidance.discriminator, guidance.real_classifier))
-            self.guidance = dataclasses.replace(guidance, discriminator=f_i, real_classifier=f_real)
+            earlier = None if guidance.earlier is None else guidance.earlier.clone()
+            self.guidance = dataclasses.replace(
+                guidance, discriminator=f_i, real_classifier=f_real, earlier=earlier
+            )
             for network in self._modules(self.guidance):
                 network.to(dtype)
         else:
             for own, network in zip(self._modules(self.guidance), self._modules(guidance), strict=True):
                 own.load_state_dict(network.state_dict())
+            if self.guidance.earlier is not None and guidance.earlier is not None:
+                self.guidance.earlier.copy_(guidance.earlier)
 
     def denoise(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """A batch from noise to images: yields x [n, C, H, W], a view of one buffer, `yields` times.
@@ -262,7 +267,7 @@ class StepEngine:
 
     def _convnets(self, guidance: Guidance) -> list[ConvNet]:
         """The networks of a guidance that `discriminator_guidance` computes; empty if autograd must."""
-        if guidance.jacobian != "identity" or guidance.decode is not None:
+        if guidance.jacobian != "identity" or guidance.decode is not None or guidance.gamma:
             return []
         networks = self._modules(guidance)
         convnets = [network for network in networks if isinstance(network, ConvNet)]

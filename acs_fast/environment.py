@@ -17,7 +17,6 @@ from acs_fast.config import InputError
 OPTIONAL_PACKAGES = {
     "triton": "kernels on NVIDIA GPUs",
     "diffusers": "VAEs and checkpoints in diffusers format",
-    "nvidia-dali-cuda130": "the real-image loader",
     "xformers": "an attention backend",
 }
 
@@ -80,6 +79,13 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _loader() -> str:
+    """Which loader decodes real images."""
+    packages = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    found = next((f"{name} {number}" for name in packages if (number := version(name))), None)
+    return f"loader: {f'dali ({found})' if found else 'pil (nvidia-dali-cuda130 is not installed)'}"
+
+
 def report() -> str:
     """What `acs-fast env` prints: versions, devices, and which optional part is missing and why."""
     lines = [f"acs-fast {__version__}  commit {commit() or '(installed package)'}"]
@@ -98,6 +104,7 @@ def report() -> str:
     lines.append("")
     lines.append(ops.table(resolve_device("auto")))
     lines.append("")
+    lines.append(_loader())
     for package, purpose in OPTIONAL_PACKAGES.items():
         found = version(package)
         lines.append(f"{package}: {found or f'missing (not installed; {purpose})'}")

@@ -20,6 +20,7 @@ from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError, 
 from acs_fast.curriculum import distill
 from acs_fast.data import ASSETS, DIGITS, ImageSet, check_classes, has_splits, load_images, parse_classes
 from acs_fast.environment import describe, resolve_device
+from acs_fast.judge import by_curriculum
 from acs_fast.models.checkpoint import digest
 from acs_fast.models.checkpoint import resolve as resolve_model
 from acs_fast.models.classifier import build_classifier, default_network
@@ -97,6 +98,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **describe(device),
     }
     if run:
+        results["curricula"] = by_curriculum(run.path)
         write_results(run.path, results)
     return results
 

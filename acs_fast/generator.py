@@ -175,8 +175,13 @@ class ImageGenerator:
         """Samples to images; None where samples are images."""
         return None if self.vae is None else self.vae.decode
 
-    def steer(self, discriminator: nn.Module, real_classifier: nn.Module | None) -> Guidance:
-        """The guidance by these classifiers in the configured space, with the configured objective."""
+    def steer(
+        self, discriminator: nn.Module, real_classifier: nn.Module | None, earlier: Tensor | None = None
+    ) -> Guidance:
+        """The guidance by these classifiers in the configured space, with the configured objective.
+
+        earlier: unit vectors [K, M, C H W] of what is sampled so far, for the repulsion.
+        """
         c, decode, batch = self.config, None, None
         if self.seen_by is not None:
             decode = self.seen_by.decode_differentiable
@@ -193,6 +198,8 @@ class ImageGenerator:
             jacobian=c.jacobian,
             decode=decode,
             decode_batch=batch,
+            gamma=c.repulsion,
+            earlier=earlier,
         )
 
     def seen_shape(self) -> tuple[int, int]:

@@ -37,6 +37,28 @@ def learnability(logits: Tensor, real_logits: Tensor, class_labels: Tensor, omeg
     return adversarial(logits, class_labels) - omega * adversarial(real_logits, class_labels)
 
 
+def density_ratio(logits: Tensor, class_labels: Tensor) -> Tensor:
+    """L = log D(z, y), D = sigmoid(logit_y) "real" against "already sampled" [ours]: [B] of logits [B, K]."""
+    return F.logsigmoid(logits.gather(1, class_labels[:, None])[:, 0])
+
+
+def repulsion(x0: Tensor, earlier: Tensor) -> Tensor:
+    """d cos(x0, e) / d x0 = (e - (u e) u) / ||x0||, u = x0 / ||x0||, e the nearest of the earlier samples.
+
+    IGD's diversity term: [B, C, H, W]. x0: [B, C, H, W]. earlier: [B, M, C H W] of each sample's class, of
+    length 1, or 0 where there are fewer than M.
+    """
+    x = x0.flatten(1)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    u, earlier = x / length, earlier.to(x.dtype)
+    cosine = torch.einsum("bd,bmd->bm", u, earlier)
+    absent = torch.linalg.vector_norm(earlier, dim=2) == 0
+    best, nearest = cosine.masked_fill(absent, -math.inf).max(dim=1)
+    best = best.masked_fill(absent.all(dim=1), 0.0)[:, None]
+    e = earlier.gather(1, nearest[:, None, None].expand(-1, 1, x.shape[1]))[:, 0]
+    return ((e - best * u) / length).view_as(x0)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """What steers a curriculum: the discriminator f_i, the objective L to ascend, the length of a step."""
@@ -52,6 +74,8 @@ class Guidance:
     # what the classifiers see of x0: z = decode(x0), differentiable ([B, C, H, W] to [B, 3, S, S]); None: x0
     decode: Callable[[Tensor], Tensor] | None = None
     decode_batch: int | None = None  # so many samples are decoded and differentiated at a time; None: all
+    gamma: float = 0.0  # weight of the repulsion from earlier samples, which it subtracts from (3)
+    earlier: Tensor | None = None  # [K, M, C H W], as `repulsion` takes them, by class
 
     def active(self, c: StepCoefficients) -> bool:
         """w(t): whether t / T lies in the guided window."""
@@ -64,7 +88,8 @@ class Guidance:
         if self.objective == "learnability":
             assert self.real_classifier is not None
             return learnability(logits, _logits(self.real_classifier, z), class_labels, self.omega)
-        return (adversarial if self.objective == "adversarial" else nonsaturating)(logits, class_labels)
+        of_logits = {"nonsaturating": nonsaturating, "density_ratio": density_ratio}
+        return of_logits.get(self.objective, adversarial)(logits, class_labels)
 
     def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
         """g / ||g|| per sample (4), zero where g is: [B, C, H, W]; arguments as in `gradient`."""
@@ -86,6 +111,8 @@ class Guidance:
         size = self.decode_batch or len(x0)
         parts = zip(x0.split(size), class_labels.split(size), strict=True)
         g = torch.cat([self._gradient_at(*part) for part in parts])
+        if self.gamma and self.earlier is not None:
+            g = g - self.gamma * repulsion(x0, self.earlier[class_labels]).to(g.dtype)
         if self.jacobian == "full":
             (g,) = torch.autograd.grad(pred_xstart, x, g)
         return g.to(x.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from acs_fast.config import DistillConfig, InputError
+from acs_fast.config import REAL_OBJECTIVES, DistillConfig, InputError
 from acs_fast.data import ASSETS, DIGITS
 from acs_fast.models.checkpoint import load_checkpoint, resolve
 from acs_fast.models.dit import DiT, DiTConfig
@@ -39,9 +39,12 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
     model = load_checkpoint(checkpoint, partial(resolve_dtype, config.dtype, device)).to(device)
     check(config, model.config)
 
+    # real latents are made by the VAE's encoder
+    encodes = config.guidance_space == "latent" and config.objective in REAL_OBJECTIVES
+
     def load(source: str, tiny: bool) -> VAE:
         dtype = vae_dtype(model)
-        vae = load_vae(source, tiny, device, dtype)
+        vae = load_vae(source, tiny, device, dtype, encoder=encodes and not tiny)
         check_fits(vae, model.config)
         return vae
 
@@ -65,11 +68,6 @@ def check(config: DistillConfig, shape: DiTConfig) -> None:
         raise InputError(
             f"--guidance-space {config.guidance_space}: this model samples pixels, there is nothing to "
             "decode; use latent, which is the sample itself"
-        )
-    if not pixels and config.guidance_space == "latent" and config.objective == "learnability":
-        raise InputError(
-            "--objective learnability needs real images as latents, which this version does not encode; "
-            "use --guidance-space pixel or pixel-tiny, or another objective"
         )
 
 

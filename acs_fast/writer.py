@@ -22,11 +22,14 @@ from acs_fast.config import InputError
 
 RUN_CONFIG = "config.json"
 MANIFEST = "manifest.jsonl"
+CURRICULA = "curricula.json"
 # all that distill, evaluate and report put into a run folder; --overwrite removes these and nothing else
 CONTENTS = (
     "images",
     "samples",
     "discriminators",
+    "latents",
+    CURRICULA,
     "baselines",
     "contact_sheet.png",
     "results.json",
@@ -35,7 +38,7 @@ CONTENTS = (
 )
 LOCK = ".lock"
 # settings a run may be continued with other values of: they change nothing, or what they lead to is compared
-FREE = ("out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae")
+FREE = ("out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae", "cache")
 DIGESTS = ("model_sha256", "vae_sha256", "seen_by_sha256")
 
 

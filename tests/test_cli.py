@@ -14,7 +14,7 @@ import pytest
 import acs_fast
 from acs_fast import cli
 from acs_fast.cli import main
-from acs_fast.config import PRESETS, DistillConfig, TrainConfig
+from acs_fast.config import PRESETS, DistillConfig, EncodeConfig, TrainConfig
 
 
 def fastest(code: str, runs: int = 5) -> float:
@@ -43,11 +43,12 @@ def test_help_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_every_field_is_a_flag_with_help(capsys) -> None:
+@pytest.mark.parametrize(("command", "config"), [("distill", DistillConfig), ("encode", EncodeConfig)])
+def test_every_field_is_a_flag_with_help(command: str, config: type, capsys) -> None:
     with pytest.raises(SystemExit):
-        main(["distill", "--help"])
+        main([command, "--help"])
     text = capsys.readouterr().out
-    for field in dataclasses.fields(DistillConfig):
+    for field in dataclasses.fields(config):
         assert f"--{field.name.replace('_', '-')}" in text
         assert field.metadata["help"]
 
@@ -78,8 +79,8 @@ def test_help_shows_the_defaults_in_effect(capsys, monkeypatch) -> None:
     assert "default ()" not in text["evaluate"]
 
 
-@pytest.mark.parametrize("command", ["distill", "evaluate", "train"])
-def test_only_distill_speaks_of_continuing(command: str, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("command", ["distill", "encode", "evaluate", "train"])
+def test_only_distill_and_encode_speak_of_continuing(command: str, capsys, monkeypatch) -> None:
     argv = ["evaluate", "runs/absent"] if command == "evaluate" else [command]
     for error, code in ((OSError(28, "No space left on device", "a/file"), 2), (KeyboardInterrupt(), 130)):
 
@@ -89,7 +90,7 @@ def test_only_distill_speaks_of_continuing(command: str, capsys, monkeypatch) ->
         monkeypatch.setattr(cli, f"run_{command}", fail)
         assert main(argv) == code
         text = capsys.readouterr().err
-        assert ("run the same command again to continue" in text) == (command == "distill")
+        assert ("run the same command again to continue" in text) == (command in ("distill", "encode"))
         assert text.count("\n") == 1 and ("a/file: No space left" in text or "interrupted" in text)
 
 

@@ -210,7 +210,7 @@ def test_doubled_class_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "folder"])
-def test_corrupt_image_is_named(folder, damage):
+def test_corrupt_image_is_named(folder, damage, capsys):
     path = folder / "train" / "wren" / "2.png"
     data = path.read_bytes()
     if damage == "folder":
@@ -218,8 +218,11 @@ def test_corrupt_image_is_named(folder, damage):
         path.mkdir()
     else:
         path.write_bytes({"cut": data[: len(data) // 2], "text": b"no image", "empty": b""}[damage])
+    assert len(load_images(str(folder), "train")) == 4  # of real images the others serve, test_listing.py
+    if damage != "folder":
+        assert "1 skipped" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"image .*wren/2\.png cannot be read"):
-        load_images(str(folder), "train")
+        load_images(str(folder / "train"), None)  # a distilled set is used whole or not at all
 
 
 def test_missing_folder_and_empty_class_are_named(folder):
@@ -228,7 +231,7 @@ def test_missing_folder_and_empty_class_are_named(folder):
     (folder / "train" / "bat").mkdir()
     (folder / "train" / "bat" / "notes.txt").write_text("no image")
     with pytest.raises(
-        InputError, match=r"class folder .*bat is missing or holds no images; known: ant bat wren"
+        InputError, match=r"class folder .*bat is missing or holds no images .*; known: ant bat wren"
     ):
         load_images(str(folder), "train")
     with pytest.raises(InputError, match=r"class folder .*cow is missing"):

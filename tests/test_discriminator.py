@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from acs_fast import discriminator
 from acs_fast.augment import random_resized_crop
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.discriminator import Classifiers, Trainer, score
+from acs_fast.feeds import Examples, permuted
 from acs_fast.models.classifier import build_classifier
 
 CPU = torch.device("cpu")
@@ -41,6 +42,12 @@ def build(name: str, channels: int, size: int, images: int, classes: int, seed: 
 def data(channels: int, size: int, images: int, classes: int, seed: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(images, channels, size, size, generator=generator), torch.arange(images) % classes
+
+
+def feed(*shape: int, mirror: bool = False) -> Callable[[int], Generator[Examples]]:
+    """What a classifier is trained on, by seed."""
+    images, labels = data(*shape)
+    return lambda seed: permuted(images, labels, batch_size=8, mirror=mirror, seed=seed, device=CPU)
 
 
 def plainly(network: nn.Module, images: Tensor, labels: Tensor, **changed: Any) -> list[float]:
@@ -91,7 +98,7 @@ def test_a_trainer_starts_anew_with_other_weights_images_and_batch_sizes() -> No
         assert got == plainly(network, *sample, **changed)
         assert same(trainer.network, network) and initial.keys() == trainer.network.state_dict().keys()
     assert [p.data_ptr() for p in trainer.network.parameters()] == addresses
-    assert [tuple(shape) for shape in trainer.buckets] == [(8, 1, 8, 8), (3, 1, 8, 8)]
+    assert [tuple(shape) for shape, _ in trainer.buckets] == [(8, 1, 8, 8), (3, 1, 8, 8)]
 
 
 def test_an_abandoned_training_leaves_nothing_behind() -> None:
@@ -173,8 +180,8 @@ def test_the_step_reads_nothing_on_the_host(case: str, kind: str, monkeypatch: p
         optimizer = capturable(network, monkeypatch, **{kind: True})
         batch, labels = torch.zeros(images, channels, size, size), torch.zeros(images, dtype=torch.long)
         loss = torch.zeros(())
-        for _ in range(3):
-            discriminator._train_step(network, batch, labels, optimizer, loss)
+        for real in (None, None, torch.zeros(images)):
+            discriminator._train_step(network, batch, labels, real, optimizer, loss)
         with pytest.raises(DataDependentOutputException):
             loss.item()
 
@@ -183,7 +190,7 @@ def test_the_step_reads_nothing_on_the_host(case: str, kind: str, monkeypatch: p
 def test_the_decoded_size_of_pixel_spaces_trains(name: str, size: int, tmp_path: Path) -> None:
     config = DistillConfig(discriminator=name, discriminator_batch_size=1, real="images")
     classifiers = Classifiers(config, 3, size, 2, CPU, tmp_path)
-    network = classifiers.get("2", "f_2", lambda: data(3, size, 3, 2), steps=2)
+    network = classifiers.get("2", "f_2", feed(3, size, 3, 2, mirror=True), steps=2)
     images, labels = data(3, size, 3, 2)
     right, loss = score(network, images, labels, batch_size=2)
     assert right.shape == loss.shape == (3,) and loss.isfinite().all()
@@ -200,16 +207,16 @@ def never() -> Any:
 def test_a_classifier_is_trained_once_and_kept(tmp_path: Path) -> None:
     classifiers = tiny_classifiers(tmp_path)
     assert not classifiers.is_trained("2")
-    first = classifiers.get("2", "f_2", lambda: data(1, 8, 20, 4), 7)
+    first = classifiers.get("2", "f_2", feed(1, 8, 20, 4), 7)
     assert classifiers.is_trained("2")
     assert not first.training and not any(p.requires_grad for p in first.parameters())
     kept, trainer = [p.clone() for p in first.parameters()], classifiers.trainer
-    third = classifiers.get("3", "f_3", lambda: data(1, 8, 40, 4), 7)
+    third = classifiers.get("3", "f_3", feed(1, 8, 40, 4), 7)
     assert all(map(torch.equal, first.parameters(), kept)), "the next training wrote to the last network"
     assert classifiers.trainer is trainer, "a new trainer would capture its step again"
     assert same(classifiers.get("2", "f_2", never, 7, never), first)
     alone = tiny_classifiers(tmp_path / "alone")  # whatever the trainer trained before
-    assert same(alone.get("3", "f_3", lambda: data(1, 8, 40, 4), 7), third)
+    assert same(alone.get("3", "f_3", feed(1, 8, 40, 4), 7), third)
     expected = alone.build("3")
     plainly(expected, *data(1, 8, 40, 4), mirror=False, seed=alone._seed("3"))
     assert same(third, expected)
@@ -219,9 +226,9 @@ def test_a_warm_classifier_starts_from_the_one_before(tmp_path: Path) -> None:
     classifiers = tiny_classifiers(tmp_path)
 
     def before() -> nn.Module:
-        return classifiers.get("2", "f_2", lambda: data(1, 8, 20, 4), 7)
+        return classifiers.get("2", "f_2", feed(1, 8, 20, 4), 7)
 
-    warm = classifiers.get("3", "f_3", lambda: data(1, 8, 40, 4), 7, before)  # trains 2 meanwhile
+    warm = classifiers.get("3", "f_3", feed(1, 8, 40, 4), 7, before)  # trains 2 meanwhile
     expected = before()
     plainly(expected.requires_grad_(True), *data(1, 8, 40, 4), mirror=False, seed=classifiers._seed("3"))
     assert same(warm, expected)
@@ -234,7 +241,12 @@ def test_weights_that_are_not_finite_are_refused(cause: str, tmp_path: Path) -> 
         images[:] = math.nan
     classifiers = tiny_classifiers(tmp_path, discriminator_lr=1e30 if cause == "lr" else 3e-3)
     with pytest.raises(InputError, match=r"curriculum 2/5 discriminator.*lower --discriminator-lr.*images"):
-        classifiers.get("2", "curriculum 2/5 discriminator", lambda: (images, labels), 7)
+        classifiers.get(
+            "2",
+            "curriculum 2/5 discriminator",
+            lambda seed: permuted(images, labels, batch_size=8, mirror=False, seed=seed, device=CPU),
+            7,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -251,11 +263,11 @@ def test_the_loss_is_read_every_20_steps_and_at_the_end(
             read.append(self.step)
             return 0.0
 
-    def fit(self: Trainer, *args: Any, steps: int, **kwargs: Any) -> Iterator[Loss]:
+    def learn(self: Trainer, *args: Any, steps: int, **kwargs: Any) -> Iterator[Loss]:
         return map(Loss, range(1, steps + 1))
 
-    monkeypatch.setattr(Trainer, "fit", fit)
-    tiny_classifiers(tmp_path).get("2", "f_2", lambda: data(1, 8, 20, 4), 47)
+    monkeypatch.setattr(Trainer, "learn", learn)
+    tiny_classifiers(tmp_path).get("2", "f_2", feed(1, 8, 20, 4), 47)
     assert read == [20, 40, 47]
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from acs_fast import DistillConfig, InputError, curriculum, distill, networks
+from acs_fast import DistillConfig, InputError, curriculum, distill, networks, real
 from acs_fast.config import resolve
 from acs_fast.data import load_images
 from acs_fast.models.dit import DiTConfig
@@ -114,6 +114,7 @@ def test_settings_of_the_sampler_change_the_first_curriculum(tiny, tmp_path: Pat
     "change",
     [
         {"objective": "learnability"},
+        {"objective": "density_ratio"},
         {"objective": "learnability", "omega": 2.0},
         {"guidance_scale": 0.7},
         {"guidance_window": [0.0, 0.5]},
@@ -252,7 +253,11 @@ def test_real_images_are_loaded_once_and_before_anything_is_written(
         sources.append(source)
         return load_images(source, *args)
 
-    monkeypatch.setattr(curriculum, "load_images", load)
+    monkeypatch.setattr(real, "load_images", load)
+    listed = real.list_images
+    monkeypatch.setattr(
+        real, "list_images", lambda source, *rest: sources.append(source) or listed(source, *rest)
+    )
     settings = {"objective": "learnability", "num_curricula": 4}
     with pytest.raises(InputError, match="absent"):
         distill(tiny(**settings, real=str(tmp_path / "absent")))

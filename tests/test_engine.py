@@ -86,7 +86,7 @@ def assert_equal_within_rounding(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trust_radius", ["sigma", "eps"])
-@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability"])
+@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability", "density_ratio"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_ten_guided_steps_equal_the_plain_sampler(backend, name, objective, trust_radius) -> None:
     settings = {**SAMPLERS[name], "objective": objective, "trust_radius": trust_radius}

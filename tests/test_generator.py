@@ -111,11 +111,6 @@ def test_what_a_pixel_model_cannot_do(tmp_path: Path, settings: dict, words: str
         make(tmp_path, dataclasses.replace(SMALL, in_channels=1, learn_sigma=False), **settings)
 
 
-def test_latents_have_no_real_images_yet(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--objective learnability needs real images as latents"):
-        make(tmp_path, SMALL, objective="learnability")
-
-
 def test_batches_of_large_models_are_bounded(tmp_path: Path) -> None:
     pixels = {"in_channels": 1}
     assert make(tmp_path, dataclasses.replace(LARGE, **pixels)).config.batch_size == 4

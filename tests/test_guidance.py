@@ -10,7 +10,7 @@ from torch import nn
 from acs_fast import diffusion, guidance
 from acs_fast.guidance import Guidance
 
-OBJECTIVES = ("adversarial", "nonsaturating", "learnability")
+OBJECTIVES = ("adversarial", "nonsaturating", "learnability", "density_ratio")
 SHAPE, NUM_CLASSES = (2, 3, 3), 4
 LABELS = torch.tensor([0, 3, 1, 2, 3])
 
@@ -70,6 +70,8 @@ def make_in(space, objective="adversarial", **values):
 def plain_value(guide, z, label):
     """L of one sample in plain probabilities, as METHOD.md's table writes it."""
     z = z if guide.decode is None else guide.decode(z[None])[0]
+    if guide.objective == "density_ratio":
+        return -math.log(1 + math.exp(-guide.discriminator(z[None])[0, label]))
     p = guide.discriminator(z[None])[0].exp()
     p = p[label] / p.sum()
     if guide.objective == "adversarial":
@@ -344,3 +346,30 @@ def test_the_gradient_has_the_dtype_of_x(jacobian):
     x = samples().float().requires_grad_()
     guide = make(discriminator=network(1).float(), jacobian=jacobian)
     assert guide.gradient(x, x.bfloat16(), LABELS).dtype == torch.float32
+
+
+def unit_vectors(seed, count, zeros=0):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(NUM_CLASSES, count, math.prod(SHAPE), generator=generator, dtype=torch.float64)
+    vectors = vectors / vectors.norm(dim=2, keepdim=True)
+    vectors[:, count - zeros :] = 0
+    return vectors
+
+
+@pytest.mark.parametrize("zeros", [0, 2])
+def test_repulsion_is_the_gradient_of_the_nearest_cosine(zeros):
+    x, earlier = samples(3).requires_grad_(), unit_vectors(7, 5, zeros)[LABELS]
+    cosine = torch.einsum("bd,bmd->bm", x.flatten(1), earlier) / x.flatten(1).norm(dim=1, keepdim=True)
+    (expected,) = torch.autograd.grad(cosine[:, : 5 - zeros].max(dim=1).values.sum(), x)
+    torch.testing.assert_close(guidance.repulsion(x.detach(), earlier), expected)
+
+
+def test_repulsion_from_nothing_is_nothing():
+    assert not guidance.repulsion(samples(3), torch.zeros(len(LABELS), 4, math.prod(SHAPE))).any()
+
+
+def test_repulsion_is_subtracted_by_its_weight():
+    x, earlier = samples(3), unit_vectors(7, 5)
+    plain, repelled = make(), make(gamma=0.7, earlier=earlier)
+    difference = plain.gradient(x, x, LABELS) - repelled.gradient(x, x, LABELS)
+    torch.testing.assert_close(difference, 0.7 * guidance.repulsion(x, earlier[LABELS]))

@@ -90,6 +90,8 @@ def walk(model, config, guidance=None, labels=LABELS, indices=INDICES, targets=N
 
 def naive_objective(guidance, z, target):
     z = z if guidance.decode is None else guidance.decode(z[None])[0]
+    if guidance.objective == "density_ratio":
+        return guidance.discriminator(z[None])[0, target].sigmoid().log()
     p = guidance.discriminator(z[None])[0].softmax(0)[target]
     if guidance.objective == "adversarial":
         return -p.log()
@@ -168,7 +170,7 @@ def float64_noise(monkeypatch):
 
 @pytest.mark.parametrize("jacobian", ["identity", "full"])
 @pytest.mark.parametrize("trust_radius", ["sigma", "eps"])
-@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability"])
+@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability", "density_ratio"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guided_sampling_follows_the_equations(float64_noise, name, objective, trust_radius, jacobian):
     config = make_config(objective=objective, trust_radius=trust_radius, jacobian=jacobian, **SAMPLERS[name])
@@ -228,6 +230,7 @@ def test_settings_change_the_samples():
         {"sampler": "ddim"},
         {"sampler": "ddim", "eta": 0.7},
         {"objective": "learnability"},
+        {"objective": "density_ratio"},
         {"guidance_scale": 0.5},
         {"guidance_window": (0.2, 0.5)},
         {"guidance_space": "pixel"},
@@ -319,7 +322,7 @@ def test_an_image_does_not_depend_on_its_batch(guided):
 
 @pytest.mark.parametrize("jacobian", ["identity", "full"])
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability"])
+@pytest.mark.parametrize("objective", ["adversarial", "nonsaturating", "learnability", "density_ratio"])
 def test_every_guidance_space_follows_the_equations(float64_noise, objective, space, jacobian):
     config = make_config(objective=objective, guidance_space=space, jacobian=jacobian)
     model, guidance = make_model(depth=2).double(), make_guidance(config, torch.float64)

@@ -1,5 +1,6 @@
 """The VAE against diffusers' own: small random networks, saved by diffusers and loaded by us."""
 
+import hashlib
 import json
 
 import pytest
@@ -221,9 +222,92 @@ def test_latent_channels_must_fit_the_model(tmp_path):
         check_fits(vae, DiTConfig(in_channels=3))
 
 
-def test_the_digest_is_of_the_weights() -> None:
-    first, second = VAE(small_kl()), VAE(small_kl())
-    assert first.digest() == second.digest()
+def changed(part, **settings):
+    """A VAE of which one weight of a part is another."""
+    vae = VAE(small_kl(**settings))
     with torch.no_grad():
-        next(second.module.parameters()).flatten()[0] += 1e-3
-    assert first.digest() != second.digest()
+        next(getattr(vae.module, part).parameters()).flatten()[0] += 1e-3
+    return vae
+
+
+@pytest.mark.parametrize("part", ["encoder", "quant_conv", "post_quant_conv", "decoder"])
+def test_the_digests_are_of_the_weights(part) -> None:
+    first, second = VAE(small_kl()), changed(part)
+    decodes = part in ("post_quant_conv", "decoder")
+    assert (first.digest() != second.digest()) == decodes
+    assert (first.encoder_digest() != second.encoder_digest()) == (not decodes)
+
+
+def test_the_encoders_digest_is_of_scaling_and_shift_too() -> None:
+    settings = ({}, {"scaling_factor": 0.2}, {"shift_factor": 0.1})
+    assert len({VAE(small_kl(**changes)).encoder_digest() for changes in settings}) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_digest_is_that_of_the_decoder_alone(tmp_path, kind):
+    """As it was before there was an encoder, so that stored runs go on: names, dtypes and bytes in order."""
+    _, alone = saved(tmp_path, kind)
+    _, both = saved(tmp_path, kind, encoder=True)
+    total = hashlib.sha256()
+    for name, value in sorted(alone.module.state_dict().items()):
+        total.update(f"{name} {value.dtype}".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy())
+    assert total.hexdigest() == alone.digest() == both.digest()
+
+
+def pictures(batch=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(4)
+    return (torch.rand(batch, 3, 24, 16, generator=generator) * 2 - 1).to(dtype)
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_latents_are_the_scaled_mean_of_diffusers_posterior(tmp_path, budget):
+    module = small_kl(scaling_factor=0.5, shift_factor=0.4)
+    module.save_pretrained(tmp_path)
+    vae = load_vae(str(tmp_path), False, CPU, torch.float32, budget, encoder=True)
+    expected = (module.encode(pictures()).latent_dist.mean - 0.4) * 0.5
+    found = vae.encode(pictures().requires_grad_())
+    assert found.shape == (5, 4, 6, 4) and found.dtype == torch.float32 and not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert vae.encode(pictures(0)).shape == (0, 4, 6, 4)
+
+
+def test_latents_of_the_tiny_vae_are_its_encoders(tmp_path):
+    module, vae = saved(tmp_path, "tiny", encoder=True)
+    expected = module.encode(pictures()).latents
+    torch.testing.assert_close(vae.encode(pictures()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("images", "parts"), [(1, 5), (2, 3), (4, 2), (5, 1), (0.5, 5)])
+def test_encode_in_parts_is_encode_at_once(tmp_path, kind, images, parts):
+    _, vae = saved(tmp_path, kind, encoder=True)
+    expected = vae.encode(pictures())
+    vae.budget = int(images * vae.bytes_per_encoded(6, 4))
+    calls = []
+    encode = vae.module.encode
+    vae.module.encode = lambda x, **options: calls.append(len(x)) or encode(x, **options)
+    torch.testing.assert_close(vae.encode(pictures()), expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == parts and max(calls) - min(calls) <= 1
+
+
+@pytest.mark.parametrize(("kind", "widest"), [("kl", 8 * 24 * 16 * 4), ("tiny", 8 * 24 * 16 * 4)])
+def test_the_encoders_budget_counts_the_widest_activation(tmp_path, kind, widest):
+    _, vae = saved(tmp_path, kind, encoder=True)
+    sizes = []
+    for part in vae.module.encoder.modules():
+        part.register_forward_hook(lambda module, args, output: sizes.append(output.nbytes))
+    vae.encode(pictures(1))
+    assert max(sizes) == widest and vae.bytes_per_encoded(6, 4) == 4 * widest
+
+
+def test_a_half_precision_encoder_gives_fp32_latents(tmp_path):
+    module, vae = saved(tmp_path, "kl", torch.bfloat16, encoder=True)
+    found = vae.encode(pictures())
+    error = (found - module.encode(pictures()).latent_dist.mean * vae.scaling_factor).abs().max()
+    assert found.dtype == torch.float32 and 0 < error < 0.05 * found.abs().max()
+
+
+def test_encoding_without_the_encoder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"encoder=True\) keeps it"):
+        saved(tmp_path, "kl")[1].encode(pictures())

@@ -1,4 +1,4 @@
-"""The VAE of latent models: diffusers' `AutoencoderKL`, or `AutoencoderTiny`, as a decoder."""
+"""The VAE of latent models: diffusers' `AutoencoderKL`, or `AutoencoderTiny`, as decoder and encoder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from acs_fast.models.checkpoint import resolve
 from acs_fast.models.diffusers_format import part_folder, read_json
 from acs_fast.models.dit import DiTConfig
 
-BUDGET = {"cuda": 4 << 30, "cpu": 1 << 30}  # bytes that a decode may need beyond its result
+BUDGET = {"cuda": 4 << 30, "cpu": 1 << 30}  # bytes that a decode or encode may need beyond its result
 ACTIVATIONS = 4  # of the widest size at once: 3.1 are alive in both decoders, one is for workspaces
+ENCODER = ("encoder.", "quant_conv.")  # where the names of its parameters begin
 
 
 class VAE:
-    """A frozen decoder: latents [B, C, h, w] as the DiT makes them to images [B, 3, factor h, factor w].
+    """A frozen VAE: latents [B, C, h, w] as the DiT makes them to images [B, 3, factor h, factor w] and back.
 
-    images = decoder(latents / scaling_factor + shift_factor), in about [-1, 1]. `AutoencoderKL` of Stable
-    Diffusion has scaling_factor 0.18215; `AutoencoderTiny` decodes the scaled latents themselves: it has 1.
+    images = decoder(latents / scaling_factor + shift_factor), in about [-1, 1];
+    latents = (encoder(images) - shift_factor) * scaling_factor, the mean of the posterior. `AutoencoderKL` of
+    Stable Diffusion has scaling_factor 0.18215; `AutoencoderTiny` has the scaled latents themselves and 1.
     """
 
     def __init__(self, module: Any, budget: int | None = None):
@@ -35,31 +37,33 @@ class VAE:
         self.shift_factor: float = settings.shift_factor or 0.0
         self.out_channels: int = settings.out_channels
         if type(module).__name__ == "AutoencoderTiny":
-            self.widths, growth = (
-                tuple(settings.decoder_block_out_channels),
-                settings.upsampling_scaling_factor,
-            )
+            self.widths = tuple(settings.decoder_block_out_channels)
+            self.encoder_widths = tuple(reversed(settings.encoder_block_out_channels))
+            growth = settings.upsampling_scaling_factor
         else:
-            self.widths, growth = tuple(reversed(settings.block_out_channels)), 2
+            self.widths = self.encoder_widths = tuple(reversed(settings.block_out_channels))
+            growth = 2
         self.growth: int = growth  # of the edges, from stage to stage
         self.factor: int = growth ** (len(self.widths) - 1)
 
     def bytes_per_image(self, height: int, width: int) -> int:
         """What decoding latents [C, height, width] needs: `ACTIVATIONS` times the widest activation."""
         before = (self.widths[0], *self.widths)  # a stage starts with the channels of the one before it
-        sizes = [
-            max(before[stage], channels) * self.growth ** (2 * stage)
-            for stage, channels in enumerate(self.widths)
-        ]
-        return ACTIVATIONS * max(sizes) * height * width * self.dtype.itemsize
+        return self._peak([max(pair) for pair in zip(before, self.widths, strict=False)], height, width)
+
+    def bytes_per_encoded(self, height: int, width: int) -> int:
+        """What encoding an image to latents [C, height, width] needs: the same of the encoder."""
+        widths = self.encoder_widths
+        before = (*widths[1:], widths[-1])  # a stage starts with the channels of the finer one
+        return self._peak([max(pair) for pair in zip(before, widths, strict=True)], height, width)
 
     def digest(self) -> str:
-        """SHA-256 of names, dtypes and bytes of the weights in use."""
-        total = hashlib.sha256()
-        for name, value in sorted(self.module.state_dict().items()):
-            total.update(f"{name} {value.dtype}".encode())
-            total.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-        return total.hexdigest()
+        """SHA-256 of names, dtypes and bytes of the decoder's weights, whether the encoder is kept or not."""
+        return self._digest(False)
+
+    def encoder_digest(self) -> str:
+        """SHA-256 of what the latents of an image hang on: the encoder's weights, scaling and shift."""
+        return self._digest(True, f"{self.scaling_factor!r} {self.shift_factor!r}")
 
     @torch.no_grad()
     def decode(self, latents: Tensor, out: Tensor | None = None) -> Tensor:
@@ -71,28 +75,70 @@ class VAE:
         if out is None:
             shape = (b, self.out_channels, self.factor * h, self.factor * w)
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        parts = -(-b * self.bytes_per_image(h, w) // self.budget)
-        size = max(1, -(-b // max(1, parts)))
+        size = self._part(b, self.bytes_per_image(h, w))
         for start in range(0, b, size):
             out[start : start + size] = self.decode_differentiable(latents[start : start + size])
+        return out
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents fp32 [B, C, h, w] of images [B, 3, H, W] in [-1, 1] of any float dtype: no noise is drawn.
+
+        H and W are multiples of `factor`. Batches beyond the memory budget are encoded in equal parts.
+        Raises ValueError where the encoder was left out.
+        """
+        if self.module.encoder is None:
+            raise ValueError("this VAE was loaded without its encoder; load_vae(..., encoder=True) keeps it")
+        b, _, height, width = images.shape
+        h, w = height // self.factor, width // self.factor
+        out = torch.empty(b, self.latent_channels, h, w, device=self.device)
+        size = self._part(b, self.bytes_per_encoded(h, w))
+        for start in range(0, b, size):
+            x = self._layout(images[start : start + size].to(self.device, self.dtype))
+            found = self.module.encode(x, return_dict=False)[0]
+            mean = found if isinstance(found, Tensor) else found.mode()  # AutoencoderTiny has no posterior
+            out[start : start + size] = (mean.float() - self.shift_factor) * self.scaling_factor
         return out
 
     def decode_differentiable(self, latents: Tensor) -> Tensor:
         """As `decode`, all at once and with the gradient to the latents; no parameter has one."""
         z = (latents.to(self.device) / self.scaling_factor + self.shift_factor).to(self.dtype)
-        if self.device.type == "cuda":
-            z = z.contiguous(memory_format=torch.channels_last)
-        return self.module.decode(z, return_dict=False)[0]
+        return self.module.decode(self._layout(z), return_dict=False)[0]
+
+    def _layout(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else x
+
+    def _part(self, batch: int, each: int) -> int:
+        """How many of a batch to work on together, each of which needs so many bytes: equal parts."""
+        parts = -(-batch * each // self.budget)
+        return max(1, -(-batch // max(1, parts)))
+
+    def _peak(self, channels: list[int], height: int, width: int) -> int:
+        sizes = [most * self.growth ** (2 * stage) for stage, most in enumerate(channels)]
+        return ACTIVATIONS * max(sizes) * height * width * self.dtype.itemsize
+
+    def _digest(self, encoder: bool, text: str = "") -> str:
+        total = hashlib.sha256(text.encode())
+        for name, value in sorted(self.module.state_dict().items()):
+            if name.startswith(ENCODER) == encoder:
+                total.update(f"{name} {value.dtype}".encode())
+                total.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
 
 
 def load_vae(
-    source: str, tiny: bool, device: torch.device, dtype: torch.dtype, budget: int | None = None
+    source: str,
+    tiny: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int | None = None,
+    encoder: bool = False,
 ) -> VAE:
     """The VAE of a folder (its own or its pipeline's, in diffusers format) or of a Hugging Face id.
 
     tiny: an `AutoencoderTiny` is wanted, else an `AutoencoderKL`. dtype: bf16 on CUDA, where the weights are
-    laid out channels-last; fp32 elsewhere. budget: bytes a decode may need; default `BUDGET`.
-    The encoder is left out.
+    laid out channels-last; fp32 elsewhere. budget: bytes a decode or encode may need; default `BUDGET`.
+    encoder: whether it is kept; else `encode` cannot be called.
     Raises InputError for a source that is missing, damaged, incomplete or of another class.
     """
     folder = _folder(resolve(source, "vae"), tiny)
@@ -120,7 +166,8 @@ def load_vae(
         raise InputError(
             f"VAE {folder} normalises its latents by channel, which DiTs do not; give another --vae"
         )
-    module.encoder = module.quant_conv = None
+    if not encoder:
+        module.encoder = module.quant_conv = None
     module = module.to(device)
     if device.type == "cuda":
         module = module.to(memory_format=torch.channels_last)

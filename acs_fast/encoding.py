@@ -1,0 +1,43 @@
+"""`encode`: the real images of a data set through a model's VAE, into the latent cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acs_fast.config import DistillConfig, EncodeConfig, InputError
+from acs_fast.data import DIGITS, select_classes
+from acs_fast.environment import resolve_device
+from acs_fast.latents import write_cache
+from acs_fast.listing import list_images
+from acs_fast.loader import resolve_loader
+from acs_fast.networks import load_networks, samples_pixels
+
+
+def encode(config: EncodeConfig) -> tuple[Path, bool]:
+    """Encode the training images of `config.real`, or this rank's share; the folder, and if it is whole.
+
+    An interrupted cache is continued and ends with the same bytes. Raises InputError for a pixel model, for
+    images that are missing, and for a folder that holds a cache of something else.
+    """
+    device, out = resolve_device(config.device), Path(config.out)
+    if config.real == DIGITS:
+        raise InputError("--real digits: the digits are grey and 8x8; name other images: --real FOLDER")
+    loader = resolve_loader(config.loader)
+    settings = DistillConfig(
+        model=config.model, vae=config.vae, device=config.device, dtype=config.dtype, objective="learnability"
+    )
+    networks = load_networks(settings, device)
+    shape, vae = networks.model.config, networks.vae
+    if vae is None or samples_pixels(shape):
+        raise InputError(f"--model {config.model} samples pixels; there is nothing to encode for it")
+    known = shape.classes or tuple(map(str, range(shape.num_classes)))
+    classes, _ = select_classes(known, config.classes)
+    del networks  # the denoiser's memory
+    listing = list_images(config.real, "train", classes)
+    if text := listing.summary():
+        print(text, flush=True)
+    cache = write_cache(
+        out, listing, vae, vae.factor * shape.input_size,
+        loader=loader, batch_size=config.batch_size, rank=config.rank, num_ranks=config.num_ranks,
+    )  # fmt: skip
+    return out, cache is not None

@@ -1,0 +1,241 @@
+"""Lists of real image files: class folders or WebDataset shards, each file verified once, with its class."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from acs_fast.config import InputError
+
+MIN_SIDE = 2  # px: less shows nothing
+NAMED = 5  # files named in a summary
+ORIENTATION = 0x0112  # EXIF
+KINDS = {"1": "grey", "L": "grey", "LA": "alpha", "RGBA": "alpha", "P": "palette", "PA": "palette"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image file, or a member of a tar shard, that can be decoded.
+
+    width, height: px, after the EXIF orientation. plain: an 8-bit RGB or grey JPEG or PNG that lies upright,
+    which every decoder reads alike; Pillow decodes the others for both loaders.
+    """
+
+    name: str  # path below the source, or `shard.tar/member`
+    path: str  # the file to open
+    label: int
+    offset: int
+    length: int
+    width: int
+    height: int
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source in label order, sorted by name within a class, and what was left out."""
+
+    source: str
+    classes: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    skipped: tuple[tuple[str, str], ...]  # (name, reason)
+    converted: tuple[tuple[str, str], ...]  # (name, what it was): kept, as RGB
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        return torch.tensor([entry.label for entry in self.entries])
+
+    def digest(self) -> str:
+        """SHA-256 of the classes and of every file's name, label and length."""
+        total = hashlib.sha256("\n".join(self.classes).encode())
+        for e in self.entries:
+            total.update(f"\n{e.name}\0{e.label}\0{e.length}".encode())
+        return total.hexdigest()
+
+    def summary(self) -> str:
+        """What was skipped and converted, by reason, with a few names each; empty if nothing was."""
+        parts = []
+        for verb, files in (("skipped", self.skipped), ("converted to RGB", self.converted)):
+            for reason, count in Counter(reason for _, reason in files).items():
+                names = [name for name, other in files if other == reason][:NAMED]
+                more = ", ..." if count > NAMED else ""
+                parts.append(f"{count} {verb} ({reason}: {', '.join(names)}{more})")
+        return f"{self.source}: {len(self.entries)} images; {'; '.join(parts)}" if parts else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    path: str
+    label: int
+    offset: int = 0
+    length: int = -1  # the whole file
+
+
+def list_images(source: str, split: str | None, classes: tuple[str, ...] | None = None) -> Listing:
+    """The images of a folder `<split>/<class>/*` or `<class>/*`, or of WebDataset shards `*.tar` in a folder.
+
+    split: `train` or `val`: the folder of that name, or the shards whose names begin with it, where there are
+    such. classes: label order; default the sorted class names. A shard's sample is an image and `<key>.cls`
+    with its class: a name, or the number of a line of `classes.txt` beside the shards, where that exists.
+    Every file is read and decoded once (JPEGs at an eighth of their size), in threads.
+
+    Raises InputError for a missing folder, an unknown class, and a class without a readable image. Files that
+    are no image, damaged or smaller than 2 px are left out; `Listing.summary` names them.
+    """
+    root = Path(source)
+    root = root / split if split and (root / split).is_dir() else root
+    if not root.is_dir():
+        raise InputError(f"there is no image folder {root}; give a folder of class folders")
+    shards = sorted(root.glob("*.tar"))
+    if shards:
+        own = [shard for shard in shards if split and shard.name.startswith(split)]
+        names, files = _shard_files(root, own or shards, classes)
+    else:
+        names, files = _folder_files(root, classes)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata
+        found = list(pool.map(_inspect, files))
+    entries = [entry for entry, _ in found if entry is not None]
+    skipped = [(f.name, why) for f, (entry, why) in zip(files, found, strict=True) if entry is None]
+    made_rgb = [(entry.name, kind) for entry, kind in found if entry is not None and kind]
+    if all(kind == "grey" for _, kind in made_rgb) and len(made_rgb) == len(entries):
+        made_rgb = []  # a grey set is no mixed one
+    present = {entry.label for entry in entries}
+    for label, name in enumerate(names):
+        if label not in present:
+            lost = [f"{n}: {why}" for f, (n, why) in _by_name(files, skipped) if f.label == label]
+            reason = f" ({len(lost)} skipped, {lost[0]})" if lost else ""
+            known = known_classes(root)
+            raise InputError(
+                f"class folder {root / name} is missing or holds no images{reason}; known: {known}"
+            )
+    return Listing(source, names, tuple(entries), tuple(skipped), tuple(made_rgb))
+
+
+def read_bytes(entry: Entry | _File) -> bytes:
+    """The encoded image."""
+    with open(entry.path, "rb") as file:
+        file.seek(entry.offset)
+        return file.read(entry.length)
+
+
+def open_rgb(data: bytes, channels: int) -> Image.Image:
+    """The decoded image upright as 8-bit RGB, or grey for one channel."""
+    with Image.open(io.BytesIO(data)) as file:
+        if channels == 1:
+            file.draft("L", file.size)  # a JPEG's own luma, as DALI reads it
+        return ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+
+
+def _inspect(file: _File) -> tuple[Entry | None, str]:
+    """The entry and what it must be converted from, or None and the reason to leave the file out."""
+    try:
+        data = read_bytes(file)
+        with Image.open(io.BytesIO(data)) as image:
+            (width, height), mode, form = image.size, image.mode, image.format
+            turned = image.getexif().get(ORIENTATION, 1)
+            see_through = "transparency" in image.info
+            if mode[0] in "IF":
+                return None, f"{mode} is not 8 bits a channel"
+            if min(width, height) < MIN_SIDE:
+                return None, f"{width}x{height} px"
+            image.draft("RGB", (1, 1))  # a JPEG's whole stream is read, at an eighth of the size
+            image.load()
+    except UnidentifiedImageError:
+        return None, "not an image"
+    except Image.DecompressionBombError:
+        return None, "too many pixels"
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        return None, "truncated" if "truncated" in str(error) else "damaged"
+    if turned in (5, 6, 7, 8):
+        width, height = height, width
+    kind = "alpha" if see_through else KINDS.get(mode, "" if mode == "RGB" else mode)
+    plain = form in ("JPEG", "PNG") and mode in ("RGB", "L") and turned == 1 and not see_through
+    return Entry(file.name, file.path, file.label, file.offset, len(data), width, height, plain), kind
+
+
+def _folder_files(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[_File]]:
+    names = classes or tuple(sorted(class_folders(root)))
+    if not names:
+        raise InputError(f"image folder {root} has no class folders; expected {root}/<class>/<image>")
+    files = []
+    for label, name in enumerate(names):
+        with os.scandir(root / name) if (root / name).is_dir() else _Nothing() as folder:
+            own = sorted(f.name for f in folder if not f.name.startswith(".") and f.is_file())
+        files += [_File(f"{name}/{file}", str(root / name / file), label) for file in own]
+    return names, files
+
+
+def _shard_files(
+    root: Path, shards: Sequence[Path], classes: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[_File]]:
+    listed = root / "classes.txt"
+    lines = listed.read_text().split() if listed.is_file() else []
+    samples: list[tuple[str, str, str, int, int]] = []  # class, name, path, offset, length
+    for shard in shards:
+        images: dict[str, tuple[str, int, int]] = {}
+        labels: dict[str, str] = {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    key, _, suffix = os.path.basename(member.name).partition(".")
+                    key = os.path.join(os.path.dirname(member.name), key)
+                    if suffix == "cls":
+                        labels[key] = tar.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
+                    elif member.isfile() and suffix.lower() in ("jpg", "jpeg", "png", "webp"):
+                        images[key] = member.name, member.offset_data, member.size
+        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+            raise InputError(f"shard {shard} cannot be read ({error}); copy it again") from error
+        for key, (name, offset, length) in images.items():
+            label = labels.get(key)
+            if label is None:
+                raise InputError(f"shard {shard} has no class for {name}; add a member {key}.cls")
+            if label.isdecimal() and int(label) < len(lines):
+                label = lines[int(label)]
+            samples.append((label, f"{shard.name}/{name}", str(shard), offset, length))
+    names = classes or tuple(lines) or tuple(sorted({label for label, *_ in samples}))
+    position = {name: label for label, name in enumerate(names)}
+    samples = sorted(s for s in samples if s[0] in position)
+    samples.sort(key=lambda s: position[s[0]])
+    return names, [_File(n, p, position[label], o, size) for label, n, p, o, size in samples]
+
+
+class _Nothing:
+    """A folder that is not there, as an empty one."""
+
+    def __enter__(self) -> tuple[os.DirEntry[str], ...]:
+        return ()
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+def _by_name(files: list[_File], skipped: list[tuple[str, str]]) -> list[tuple[_File, tuple[str, str]]]:
+    named = {file.name: file for file in files}
+    return [(named[item[0]], item) for item in skipped]
+
+
+def class_folders(root: Path) -> list[str]:
+    """The sorted names of a folder's class folders."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def known_classes(root: Path) -> str:
+    """Some of them, for an error."""
+    names = class_folders(root)
+    return " ".join(names[:10]) + (" ..." if len(names) > 10 else "")

@@ -1,0 +1,151 @@
+"""The two loaders side by side, and the stream: balance, determinism, resume, ranks."""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from acs_fast import environment, loader
+from acs_fast.config import InputError
+from acs_fast.listing import Listing, list_images
+from acs_fast.loader import Balanced, ordered, resolve_loader, stream, training_crop
+
+CPU = torch.device("cpu")
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagewoof-224.zip"
+has_dali = pytest.mark.skipif(loader.dali.why_not() is not None, reason="nvidia-dali is not installed")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Listing:
+    """Smooth JPEGs and PNGs of several sizes, a grey and a turned one among them; 3 classes."""
+    root, rng = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
+    for number in range(21):
+        width, height = (40, 30) if number % 2 else (33, 57)
+        small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8))
+        image = small.resize((width, height), Image.Resampling.BICUBIC)
+        path = root / "train" / "abc"[number % 3] / f"{number:02d}.{'png' if number % 5 == 0 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        if number == 7:
+            exif[0x0112] = 6
+        (image.convert("L") if number == 4 else image).save(path, quality=90, exif=exif)
+    return list_images(str(root), "train")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Listing:
+    if not DATA.is_file():
+        pytest.skip("ImageWoof is not here")
+    root = tmp_path_factory.mktemp("woof")
+    with zipfile.ZipFile(DATA) as archive:
+        files = [name for name in archive.namelist() if name.lower().endswith(".jpeg") and "train" in name]
+        for name in files[:: len(files) // 60]:
+            path = root / "train" / Path(name).parts[-2] / Path(name).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.read(name))
+    return list_images(str(root), "train")
+
+
+def in_order(listing: Listing, which: str, size: int = 24, channels: int = 3) -> torch.Tensor:
+    settings = {"size": size, "channels": channels, "batch_size": 8, "loader": which, "device": CPU}
+    return torch.cat([batch.images for batch in ordered(listing, range(len(listing.entries)), **settings)])
+
+
+def streamed(listing: Listing, which: str = "pil", count: int = 4, **changed):
+    settings = {"size": 24, "channels": 3, "batch_size": 7, "device": CPU, "seed": 3, "mirror": True}
+    batches = stream(listing, loader=which, **{**settings, **changed})
+    return list(itertools.islice(batches, count))
+
+
+@has_dali
+@pytest.mark.parametrize("which", ["drawn", "photographs"])
+def test_both_loaders_give_the_same_pixels_within_a_grey_level(which: str, request) -> None:
+    listing = request.getfixturevalue(which)
+    for size, channels in ((24, 3), (64, 3), (24, 1)):
+        pair = [in_order(listing, name, size, channels) for name in ("dali", "pil")]
+        assert (
+            pair[0].shape == (len(listing.entries), channels, size, size) and pair[0].dtype == torch.float32
+        )
+        level = (pair[0] - pair[1]).abs().max() * 127.5
+        assert level < 1.01, (size, channels, level)
+        assert pair[0].std() > 0.2 and pair[0].abs().max() <= 1.0
+    parts = [torch.cat([b.images for b in streamed(listing, name)]) for name in ("dali", "pil")]
+    assert (parts[0] - parts[1]).abs().max() * 127.5 < 1.01
+
+
+def test_the_plain_loader_reads_the_central_square(drawn: Listing) -> None:
+    images = in_order(drawn, "pil", 30)
+    for row, entry in enumerate(drawn.entries):
+        if (entry.width, entry.height) == (40, 30) and entry.plain:
+            expected = np.asarray(Image.open(entry.path).convert("RGB"))[:, 5:35]
+            got = ((images[row] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            assert np.array_equal(got, expected)
+    turned = next(e for e in drawn.entries if e.name.endswith("07.jpg"))
+    assert (turned.width, turned.height, turned.plain) == (30, 40, False)
+
+
+@pytest.mark.parametrize("which", ["pil", pytest.param("dali", marks=has_dali)])
+def test_a_stream_goes_on_where_another_ended(drawn: Listing, which: str) -> None:
+    whole, rest = streamed(drawn, which, 5), streamed(drawn, which, 2, step=3)
+    for one, other in zip(whole[3:], rest, strict=True):
+        assert torch.equal(one.rows, other.rows) and torch.equal(one.images, other.images)
+    again = streamed(drawn, which, 5, seed=4)
+    assert any(not torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
+
+
+def test_ranks_share_one_global_batch(drawn: Listing) -> None:
+    whole = streamed(drawn, count=2, batch_size=6)
+    parts = [streamed(drawn, count=2, batch_size=3, rank=rank, num_ranks=2) for rank in range(2)]
+    for step in range(2):
+        joined = torch.cat([part[step].images for part in parts])
+        assert torch.equal(joined, whole[step].images)
+
+
+def test_every_round_of_a_stream_has_every_class_and_every_image_comes() -> None:
+    labels = torch.tensor([0] * 5 + [1] * 2 + [2] * 3)
+    draw = Balanced(labels, 7)
+    rows = torch.tensor([draw(place) for place in range(3 * 30)])
+    assert all(sorted(part.tolist()) == [0, 1, 2] for part in labels[rows].view(-1, 3))
+    for y, count in enumerate((5, 2, 3)):
+        own = rows[labels[rows] == y]
+        assert all(len(set(part.tolist())) == count for part in own.split(count))
+
+
+def test_training_crops_lie_inside_and_vary(drawn: Listing) -> None:
+    entry = drawn.entries[0]
+    crops = [training_crop(entry, 1, place, True) for place in range(300)]
+    for left, top, width, height, _ in crops:
+        assert 0 <= left <= entry.width - width and 0 <= top <= entry.height - height
+        assert 0.45 < width * height / (entry.width * entry.height) <= 1 and 0.7 < width / height < 1.45
+    assert 100 < sum(crop.flip for crop in crops) < 200 and len(set(crops)) > 200
+    assert not any(training_crop(entry, 1, place, False).flip for place in range(50))
+
+
+def test_an_image_that_changed_since_it_was_listed_is_named(drawn: Listing, tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "train" / "a" / "0.png")
+    listing = list_images(str(tmp_path), "train")
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"gone")
+    with pytest.raises(InputError, match=r"a/0.png"):
+        in_order(listing, "pil")
+    if loader.dali.why_not() is None:
+        with pytest.raises(InputError, match=r"DALI cannot decode one of a/0.png"):
+            in_order(listing, "dali")
+
+
+def test_the_choice_is_named_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.dali, "why_not", lambda: "nvidia-dali is not installed")
+    assert resolve_loader("auto") == resolve_loader("pil") == "pil"
+    with pytest.raises(
+        InputError, match=r"--loader dali: nvidia-dali is not installed; pip install 'acs-fast"
+    ):
+        resolve_loader("dali")
+    monkeypatch.setattr(loader.dali, "why_not", lambda: None)
+    assert resolve_loader("auto") == "dali"
+    assert "loader: " in environment.report()
