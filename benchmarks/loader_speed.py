@@ -1,0 +1,170 @@
+"""How fast real JPEGs are decoded to training images: DALI, our Pillow loader, and the DataLoader users write.
+
+python -m benchmarks.loader_speed --real FOLDER    FOLDER/train/<class>/*; appends a row to results/loader.jsonl
+
+Every loader reads the same files, in the same order, its central square to `--size` px and [-1, 1]. All are
+timed in the same rounds, after their first batch; DALI has 2 threads, the DataLoader 2 workers. Before that the
+pixels of both of ours are compared. Ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from acs_fast.environment import describe, version
+from acs_fast.listing import Listing, list_images
+from acs_fast.loader import ordered
+
+RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
+CPU = torch.device("cpu")
+
+
+class Folder(Dataset[Tensor]):
+    """What torchvision's ImageFolder with Resize, CenterCrop, ToTensor and Normalize does, without it."""
+
+    def __init__(self, listing: Listing, size: int):
+        self.files, self.size = [entry.path for entry in listing.entries], size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> Tensor:
+        with Image.open(self.files[row]) as file:
+            image = file.convert("RGB")
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, round(edge * scale)) for edge in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()).float().div(127.5).sub(1.0)
+
+
+def ours(listing: Listing, size: int, batch_size: int, loader: str) -> Callable[[], Iterator[int]]:
+    """The sizes of a pass's batches."""
+
+    def batches() -> Iterator[int]:
+        rows = range(len(listing.entries))
+        settings = {"size": size, "channels": 3, "batch_size": batch_size, "device": CPU}
+        for batch in ordered(listing, rows, loader=loader, **settings):  # type: ignore[arg-type]
+            yield len(batch.images)
+
+    return batches
+
+
+def theirs(listing: Listing, size: int, batch_size: int) -> Callable[[], Iterator[int]]:
+    """The same by a DataLoader."""
+
+    def batches() -> Iterator[int]:
+        for images in DataLoader(Folder(listing, size), batch_size, num_workers=2):
+            yield len(images)
+
+    return batches
+
+
+def readers(listing: Listing, size: int, batch_size: int) -> Callable[[], Iterator[int]]:
+    """The same by DALI's own file reader: what our reading and drawing on the host costs."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch_size, num_threads=2, device_id=None)
+    def pipeline() -> Any:
+        data, _ = fn.readers.file(files=[entry.path for entry in listing.entries], name="files")
+        images = fn.decoders.image(data, output_type=types.RGB)
+        images = fn.resize(
+            images, size=(size, size), mode="not_smaller", interp_type=types.INTERP_TRIANGULAR, antialias=True
+        )
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            crop=(size, size),
+            mean=[127.5] * 3,
+            std=[127.5] * 3,
+        )
+
+    def batches() -> Iterator[int]:
+        pipe = pipeline()
+        pipe.build()
+        for _ in range(len(listing.entries) // batch_size):
+            (images,) = pipe.run()
+            yield len(torch.utils.dlpack.from_dlpack(images.as_tensor()).clone())
+
+    return batches
+
+
+def rate(batches: Callable[[], Iterator[int]]) -> float:
+    """Images a second of a pass, without its first batch."""
+    found, started = 0, 0.0
+    for number, count in enumerate(batches()):
+        if number == 0:
+            started = time.perf_counter()
+        else:
+            found += count
+    return found / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Compare, time, print and append the row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--real", required=True)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    listing = list_images(args.real, "train")
+    settings = {"size": args.size, "channels": 3, "batch_size": args.batch_size, "device": CPU}
+    rows = range(0, len(listing.entries), 10)
+    pair = [
+        torch.cat([batch.images for batch in ordered(listing, rows, loader=name, **settings)])  # type: ignore[arg-type]
+        for name in ("dali", "pil")
+    ]
+    level = ((pair[0] - pair[1]).abs().max() * 127.5).item()
+    assert level < 1.01, f"the loaders differ by {level:.1f} grey levels"
+    methods = {
+        "dali": ours(listing, args.size, args.batch_size, "dali"),
+        "pil": ours(listing, args.size, args.batch_size, "pil"),
+        "DataLoader with PIL, 2 workers": theirs(listing, args.size, args.batch_size),
+        "DALI's own reader": readers(listing, args.size, args.batch_size),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(args.repeats):
+        for name, batches in methods.items():
+            rates[name].append(rate(batches))
+    base = rates["DataLoader with PIL, 2 workers"]
+    row = {
+        "images": len(listing.entries),
+        "files": Path(args.real).name,
+        "mean_bytes": round(statistics.fmean(entry.length for entry in listing.entries)),
+        "size": args.size,
+        "batch_size": args.batch_size,
+        "repeats": args.repeats,
+        "largest_difference_levels": round(level, 3),
+        "images_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
+        "ratio_to_dataloader": {
+            name: round(statistics.median(a / b for a, b in zip(values, base, strict=True)), 2)
+            for name, values in rates.items()
+        },
+        "dali": version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120"),
+        **describe(CPU),
+    }
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=2))
+
+
+if __name__ == "__main__":
+    main()
