@@ -1,10 +1,10 @@
-"""How fast real JPEGs are decoded to training images: DALI, our Pillow loader, and the DataLoader users write.
+"""How fast real JPEGs are decoded: DALI, our Pillow loader, and the DataLoader that users write.
 
-python -m benchmarks.loader_speed --real FOLDER    FOLDER/train/<class>/*; appends a row to results/loader.jsonl
+python -m benchmarks.loader_speed --real FOLDER    FOLDER/train/<class>/*; a row into results/loader.jsonl
 
 Every loader reads the same files, in the same order, its central square to `--size` px and [-1, 1]. All are
-timed in the same rounds, after their first batch; DALI has 2 threads, the DataLoader 2 workers. Before that the
-pixels of both of ours are compared. Ratios are medians over the rounds.
+timed in the same rounds, after their first batch; DALI has 2 threads, the DataLoader 2 workers. Before that
+the pixels of both of ours are compared. Ratios are medians over the rounds.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def test_any_rows_in_any_order(tmp_path, listing, vae, monkeypatch):
     rows = torch.tensor([11, 0, 5, 5, 3, 11, 2])
     sides = torch.tensor([True, False, True, False, False, False, True])
     assert torch.equal(cache.take(rows, sides), both[sides.int(), rows])
-    monkeypatch.setattr(latents, "MAPPED_BYTES", 0)  # every map is let go at once
+    monkeypatch.setattr(latents, "MAPPED_BYTES", 0)  # no room for a second map
+    cache = finished(tmp_path / "cache", listing, vae)
     assert torch.equal(cache.take(rows, sides), both[sides.int(), rows])
     assert len(cache._maps) == 1
     assert cache.take(rows[:0], sides[:0]).shape == (0, 4, 4, 4)
@@ -134,6 +135,25 @@ def test_a_class_is_read_without_the_others(tmp_path, listing, vae):
     assert torch.equal(cache.take(rows, torch.zeros(4).bool()), expected)
     with pytest.raises(InputError, match=r"0000-0000.safetensors is missing or damaged; run acs-fast encode"):
         cache.take(cache.rows_of(0), torch.zeros(7).bool())
+
+
+@pytest.mark.parametrize("images", [30, 300])
+def test_the_memory_in_use_hangs_not_on_the_size(tmp_path, images, monkeypatch):
+    """What the kernel has mapped of the cache, which it may keep in memory, is bounded at 1x and 10x."""
+    monkeypatch.setattr(latents, "MAPPED_BYTES", 1 << 17)
+    shape, labels = (4, 16, 16), torch.zeros(images, dtype=torch.long)  # 12 KiB a shard of three
+    values = torch.arange(images).half().view(-1, 1, 1, 1, 1).expand(-1, 2, *shape)
+    for shard in latents.cut(labels):
+        own = values[shard.rows.start : shard.rows.stop]
+        writer.write_tensors(tmp_path / f"{shard.name}.safetensors", {"latents": own})
+        (tmp_path / f"{shard.name}.jsonl").write_text("")
+    cache, most = LatentCache(tmp_path, labels, shape, ("a",)), 0
+    for rows in torch.randperm(images, generator=torch.Generator().manual_seed(0)).split(8):
+        assert torch.equal(cache.take(rows, rows % 2 == 0)[:, 0, 0, 0], rows.float())
+        lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+        spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        most = max(most, sum(end - start for start, end in spans))
+    assert 1 << 16 < most < 1 << 18  # maps are of whole pages
 
 
 def test_reading_keeps_no_file_open(tmp_path, listing, vae):
