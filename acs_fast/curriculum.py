@@ -21,6 +21,7 @@ from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
+from acs_fast.loader import resolve_loader
 from acs_fast.output import Output
 from acs_fast.plan import Item, available_memory, curriculum_batches, curriculum_ranges
 from acs_fast.report import contact_sheet
@@ -76,6 +77,8 @@ class Run:
         self.out, self.overwrite = Path(config.out), overwrite
         self.device = resolve_device(config.device)
         given, config = config, config if overwrite else keep_resolved(config, self.out, self.device)
+        if config.real != DIGITS and config.guidance_scale > 0:  # else nothing is loaded
+            config = dataclasses.replace(config, loader=resolve_loader(config.loader))
         names = [name for name in ("attention", "compile") if getattr(given, name) != getattr(config, name)]
         self.kept = [f"--{name} {getattr(config, name)}" for name in names]
         self.generator = ImageGenerator(config, self.device)
