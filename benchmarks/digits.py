@@ -61,7 +61,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
             settings = {**cell["settings"], "ipc": ipc, "seed": seed, "device": "cpu", "out": f"{folder}/run"}
             out = distill(resolve(DistillConfig, settings))
             record = json.loads((out / "config.json").read_text())
-            train = dataclasses.replace(load_images(str(out / "images"), "train"), mirror=False)
+            train = dataclasses.replace(load_images(str(out / "images"), None), mirror=False)
     return {
         **cell,
         "config": {k: v for k, v in record.get("config", {}).items() if k != "out"},
