@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from acs_fast.config import InputError
-from acs_fast.listing import class_folders, known_classes, list_images, read_bytes
+from acs_fast.listing import SPLITS, class_folders, known_classes, list_images, read_bytes, split_shards
 from acs_fast.loader import ordered, resolve_loader
 
 ASSETS = Path(__file__).parent / "assets"
@@ -160,7 +160,14 @@ LISTS = {
 
 def has_splits(source: str) -> bool:
     """Whether a source keeps its training images apart from its test images."""
-    return source == DIGITS or all((Path(source) / split).is_dir() for split in ("train", "val"))
+    if source == DIGITS or all((Path(source) / split).is_dir() for split in SPLITS):
+        return True
+    try:
+        return bool(split_shards(source, "train")) and split_shards(source, "train") != split_shards(
+            source, "val"
+        )
+    except InputError:  # of one split alone
+        return False
 
 
 def load_images(

@@ -81,9 +81,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def _loader() -> str:
     """Which loader decodes real images."""
-    packages = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    found = next((f"{name} {number}" for name in packages if (number := version(name))), None)
-    return f"loader: {f'dali ({found})' if found else 'pil (nvidia-dali-cuda130 is not installed)'}"
+    found = version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120")
+    return f"loader: dali {found}" if found else "loader: pil (nvidia-dali is not installed)"
 
 
 def report() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from acs_fast.listing import Listing, list_images
 from acs_fast.loader import Balanced, ordered, resolve_loader, stream, training_crop
 
 CPU = torch.device("cpu")
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagewoof-224.zip"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 has_dali = pytest.mark.skipif(loader.dali.why_not() is not None, reason="nvidia-dali is not installed")
 
 
@@ -40,15 +41,30 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Listing:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Listing:
-    if not DATA.is_file():
+    if not DATA.is_dir():
         pytest.skip("ImageWoof is not here")
     root = tmp_path_factory.mktemp("woof")
-    with zipfile.ZipFile(DATA) as archive:
+    with zipfile.ZipFile(DATA / "imagewoof-224.zip") as archive:
         files = [name for name in archive.namelist() if name.lower().endswith(".jpeg") and "train" in name]
         for name in files[:: len(files) // 60]:
             path = root / "train" / Path(name).parts[-2] / Path(name).name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(archive.read(name))
+    return list_images(str(root), "train")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Listing:
+    """CIFAR-10 as PNGs."""
+    if not DATA.is_dir():
+        pytest.skip("CIFAR-10 is not here")
+    root = tmp_path_factory.mktemp("cifar")
+    with zipfile.ZipFile(DATA / "cifar10-webp.zip") as archive:
+        files = [name for name in archive.namelist() if name.endswith(".webp") and "train/" in name]
+        for name in files[:: len(files) // 60]:
+            path = root / "train" / Path(name).parts[-2] / Path(name).with_suffix(".png").name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(io.BytesIO(archive.read(name))).save(path)
     return list_images(str(root), "train")
 
 
@@ -64,7 +80,7 @@ def streamed(listing: Listing, which: str = "pil", count: int = 4, **changed):
 
 
 @has_dali
-@pytest.mark.parametrize("which", ["drawn", "photographs"])
+@pytest.mark.parametrize("which", ["drawn", "photographs", "small"])
 def test_both_loaders_give_the_same_pixels_within_a_grey_level(which: str, request) -> None:
     listing = request.getfixturevalue(which)
     for size, channels in ((24, 3), (64, 3), (24, 1)):
@@ -148,4 +164,15 @@ def test_the_choice_is_named_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPa
         resolve_loader("dali")
     monkeypatch.setattr(loader.dali, "why_not", lambda: None)
     assert resolve_loader("auto") == "dali"
-    assert "loader: " in environment.report()
+
+
+def test_the_report_says_which_loader_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, line in (
+        ("nvidia-dali-cuda130", "loader: dali 2.4.0\n"),
+        ("nvidia-dali-cuda120", "loader: dali 2.4.0\n"),
+        ("other", "loader: pil (nvidia-dali is not installed)\n"),
+    ):
+        monkeypatch.setattr(
+            environment, "version", lambda name, own=package: "2.4.0" if name == own else None
+        )
+        assert line in environment.report()

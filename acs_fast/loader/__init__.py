@@ -12,8 +12,9 @@ sees the other.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from acs_fast.loader.request import Crop, Request
 
 AREA, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of a training crop
 ATTEMPTS = 10
+READ_AHEAD = 3  # batches whose files are read while another is decoded
 
 
 class Batch(NamedTuple):
@@ -164,11 +166,20 @@ def _batches(
 
         def read(picked: list[tuple[int, Crop]]) -> Request:
             entries = [listing.entries[row] for row, _ in picked]
-            data = list(readers.map(read_bytes, entries))
+            data = [read_bytes(entry) for entry in entries]
             crops = [crop for _, crop in picked]
             return Request([row for row, _ in picked], entries, data, crops)
 
-        for request, images in decode(map(read, requests), size, channels, batch_size, device):
+        def ahead() -> Iterator[Request]:
+            under_way: deque[Future[Request]] = deque()
+            for picked in requests:
+                under_way.append(readers.submit(read, picked))
+                if len(under_way) > READ_AHEAD:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+
+        for request, images in decode(ahead(), size, channels, batch_size, device):
             rows = torch.tensor(request.rows)
             labels = torch.tensor([entry.label for entry in request.entries])
             yield Batch(images, labels.to(device), rows)

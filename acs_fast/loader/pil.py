@@ -59,7 +59,7 @@ def decode_one(entry: Entry, data: bytes, crop: Crop, size: int, channels: int) 
         pixels = np.asarray(padded.resize((size, size), Image.Resampling.BILINEAR, box))
     pixels = pixels.reshape(size, size, channels)
     pixels = pixels[:, ::-1] if crop.flip else pixels
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _finish(request: Request, images: Iterator[Tensor], device: torch.device) -> tuple[Request, Tensor]:
