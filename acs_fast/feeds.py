@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from acs_fast.augment import random_resized_crop, shift_and_flip, to_device
 from acs_fast.latents import LatentCache
+from acs_fast.loader import Balanced
 
 Augment = Callable[[Tensor, bool, torch.Generator], Tensor]
 DEPTH = 4  # batches that are read ahead
@@ -55,29 +57,15 @@ def permuted(
         yield Examples(augment(chosen.float(), mirror, generator), labels[rows])
 
 
-def balanced(labels: Tensor, generator: torch.Generator) -> Iterator[int]:
-    """Rows without end, every class once in each round of all classes; a class is shuffled each time through.
-
-    labels: int64 [N]; every class from 0 to the largest has a row.
-    """
-    members = [torch.nonzero(labels == y)[:, 0] for y in range(int(labels.max()) + 1)]
-    left: list[list[int]] = [[] for _ in members]
-    while True:
-        for y in torch.randperm(len(members), generator=generator).tolist():
-            if not left[y]:
-                left[y] = members[y][torch.randperm(len(members[y]), generator=generator)].tolist()
-            yield left[y].pop()
-
-
 def from_cache(cache: LatentCache, *, batch_size: int, mirror: bool, seed: int) -> Generator[Examples]:
     """Class-balanced batches of real latents, each the image's or its mirror image's, shifted a little.
 
     On the host, and without end.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = balanced(cache.labels, generator)
-    while True:
-        picked = torch.tensor([next(rows) for _ in range(batch_size)])
+    draw = Balanced(cache.labels, seed)
+    for start in itertools.count(step=batch_size):
+        picked = torch.tensor([draw(place) for place in range(start, start + batch_size)])
         flipped = torch.rand(batch_size, generator=generator) < (0.5 if mirror else 0.0)
         latents = shift_and_flip(cache.take(picked, flipped), False, generator)
         yield Examples(latents, cache.labels[picked])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from acs_fast.augment import shift_and_flip
 from acs_fast.discriminator import Trainer, losses, score
-from acs_fast.feeds import Ahead, Examples, balanced, mixed, permuted
+from acs_fast.feeds import Ahead, Examples, mixed, permuted
 from acs_fast.models.classifier import build_classifier
 
 CPU = torch.device("cpu")
@@ -26,17 +26,6 @@ def images(count: int, value: float = 0.0, size: int = 8) -> torch.Tensor:
 def feed(count: int, batch_size: int, seed: int = 0):
     labels = torch.arange(count) % 2
     return permuted(images(count), labels, batch_size=batch_size, mirror=False, seed=seed, device=CPU)
-
-
-def test_every_round_has_every_class_and_a_class_comes_round_as_a_whole() -> None:
-    labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 3)
-    rows = torch.tensor(list(itertools.islice(balanced(labels, torch.Generator().manual_seed(1)), 3 * 42)))
-    assert all(sorted(round.tolist()) == [0, 1, 2] for round in labels[rows].view(-1, 3))
-    for y in range(3):
-        own, count = rows[labels[rows] == y], int((labels == y).sum())
-        assert all(len(set(part.tolist())) == count for part in own.split(count))
-    other = balanced(labels, torch.Generator().manual_seed(2))
-    assert list(itertools.islice(other, 42)) != rows[:42].tolist()
 
 
 @pytest.mark.parametrize("mirror", [False, True])
