@@ -148,6 +148,10 @@ def run_distill(args: argparse.Namespace) -> None:
     evaluation = resolve(EvaluateConfig, settings)  # refused, if it must be, before the run
     from acs_fast.curriculum import distill  # deferred: --help starts without torch
 
+    if args.evaluate:
+        from acs_fast.evaluation import check_test_images
+
+        check_test_images(config)
     out = distill(config, overwrite=args.overwrite)
     for name in ("images", "manifest.jsonl", "contact_sheet.png"):
         print(f"  {out / name}")

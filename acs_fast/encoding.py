@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acs_fast.config import DistillConfig, EncodeConfig, InputError
+import torch
+
+from acs_fast.config import EncodeConfig, InputError
 from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import resolve_device
 from acs_fast.latents import write_cache
 from acs_fast.listing import list_images
 from acs_fast.loader import resolve_loader
-from acs_fast.networks import load_networks, samples_pixels
+from acs_fast.models.checkpoint import read_config
+from acs_fast.networks import checkpoint_path, load_own_vae, resolve_dtype, samples_pixels
 
 
 def encode(config: EncodeConfig) -> tuple[Path, bool]:
@@ -23,16 +26,14 @@ def encode(config: EncodeConfig) -> tuple[Path, bool]:
     if config.real == DIGITS:
         raise InputError("--real digits: the digits are grey and 8x8; name other images: --real FOLDER")
     loader = resolve_loader(config.loader)
-    settings = DistillConfig(
-        model=config.model, vae=config.vae, device=config.device, dtype=config.dtype, objective="learnability"
-    )
-    networks = load_networks(settings, device)
-    shape, vae = networks.model.config, networks.vae
-    if vae is None or samples_pixels(shape):
+    checkpoint = checkpoint_path(config.model)
+    shape = read_config(checkpoint)
+    if samples_pixels(shape):
         raise InputError(f"--model {config.model} samples pixels; there is nothing to encode for it")
+    dtype = resolve_dtype(config.dtype, device, shape) if device.type == "cuda" else torch.float32
+    vae = load_own_vae(config.vae, checkpoint, shape, device, dtype, encoder=True)
     known = shape.classes or tuple(map(str, range(shape.num_classes)))
     classes, _ = select_classes(known, config.classes)
-    del networks  # the denoiser's memory
     listing = list_images(config.real, "train", classes)
     if text := listing.summary():
         print(text, flush=True)

@@ -18,12 +18,20 @@ from tqdm import tqdm
 
 from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError, resolve
 from acs_fast.curriculum import distill
-from acs_fast.data import ASSETS, DIGITS, ImageSet, check_classes, has_splits, load_images, parse_classes
+from acs_fast.data import (
+    DIGITS,
+    ImageSet,
+    check_classes,
+    has_splits,
+    load_images,
+    parse_classes,
+    select_classes,
+)
 from acs_fast.environment import describe, resolve_device
 from acs_fast.judge import by_curriculum
-from acs_fast.models.checkpoint import digest
-from acs_fast.models.checkpoint import resolve as resolve_model
+from acs_fast.models.checkpoint import digest, read_config
 from acs_fast.models.classifier import build_classifier, default_network
+from acs_fast.networks import checkpoint_path, samples_pixels
 from acs_fast.protocol import Accuracy, protocol_epochs, train_and_test
 from acs_fast.report import epochs_text, write_report
 from acs_fast.writer import RUN_CONFIG, lock, write_json
@@ -103,6 +111,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return results
 
 
+def check_test_images(config: DistillConfig) -> None:
+    """InputError before a run whose images could not be judged by the digits, the default of `--real`."""
+    if config.real == DIGITS:
+        shape = read_config(checkpoint_path(config.model))
+        known = shape.classes or tuple(map(str, range(shape.num_classes)))
+        size = shape.input_size if samples_pixels(shape) else None
+        channels = shape.in_channels if samples_pixels(shape) else 3
+        load_images(DIGITS, "val", select_classes(known, config.classes)[0], size, channels)
+
+
 def load_sets(
     config: EvaluateConfig, run: Run | None, source: str
 ) -> tuple[dict[str, ImageSet], ImageSet, int]:
@@ -158,9 +176,7 @@ def check_baselines(config: EvaluateConfig, run: Run | None, source: str) -> Non
             f"{config.path} is not a run folder, so --baselines plain cannot be sampled; give the run's"
         )
     try:
-        bundled = run.config.model == DIGITS
-        model = ASSETS / "digits-dit.safetensors" if bundled else resolve_model(run.config.model)
-        same = digest(model) == run.model_sha256
+        same = digest(checkpoint_path(run.config.model)) == run.model_sha256
     except InputError:
         same = False
     if not same:

@@ -1,10 +1,10 @@
 """The latent cache: each real image and its mirror image through the VAE once, memory-mapped afterwards.
 
 A folder with `index.json` (what the cache was made of) and, per shard of at most 512 images of one class,
-`<label>-<part>.safetensors` (`latents` fp16 [n, 2, C, h, w]: the image, its mirror image) and
-`<label>-<part>.jsonl` (class, file, SHA-256 and crop of each). A shard is written whole or not at all, the
+`<class>-<part>.safetensors` (`latents` fp16 [n, 2, C, h, w]: the image, its mirror image) and
+`<class>-<part>.jsonl` (class, file, SHA-256 and crop of each). A shard is written whole or not at all, the
 tensors last, and is a function of its images alone: an interrupted encoding goes on and ends with the same
-bytes.
+bytes. A cache serves every selection and order of its classes, and takes further ones in.
 
 Reading maps a shard when a row of it is wanted and lets the maps go again and again, which gives their pages
 back: the memory in use hangs on neither the size of the data set nor the number of shards.
@@ -42,8 +42,6 @@ LOCK = ".lock"
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 MEANING = {
     "size": "image size",
-    "classes": "classes",
-    "files": "file list",
     "dtype": "dtype of the VAE",
     "vae": "VAE",
     "shape": "shape",
@@ -67,7 +65,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, labels: Tensor, shape: tuple[int, ...], classes: tuple[str, ...]):
         self.folder, self.labels, self.shape, self.classes = folder, labels, shape, classes
-        self.shards = cut(labels)
+        self.shards = cut(labels, classes)
         self._starts = torch.tensor([shard.rows.start for shard in self.shards])
         self._maps: dict[int, np.ndarray] = {}
         self._offsets: dict[int, int] = {}
@@ -127,13 +125,13 @@ def damaged(path: Path) -> InputError:
     )
 
 
-def cut(labels: Tensor) -> list[Shard]:
+def cut(labels: Tensor, classes: Sequence[str]) -> list[Shard]:
     """The shards of a listing's labels, which ascend."""
-    shards, counts, start = [], torch.bincount(labels).tolist(), 0
-    for label, count in enumerate(counts):
+    shards, counts, start = [], torch.bincount(labels, minlength=len(classes)).tolist(), 0
+    for name, count in zip(classes, counts, strict=True):
         for part in range(-(-count // SHARD)):
             rows = range(start + part * SHARD, start + min(count, (part + 1) * SHARD))
-            shards.append(Shard(f"{label:04d}-{part:04d}", rows))
+            shards.append(Shard(f"{name}-{part:04d}", rows))
         start += count
     return shards
 
@@ -162,7 +160,7 @@ def identity(listing: Listing, vae: VAE, size: int) -> dict[str, Any]:
         raise InputError(f"--size is {size}, it must be a multiple of {vae.factor} for this VAE")
     edge = size // vae.factor
     return {
-        "format": 1,
+        "format": 2,
         "vae": vae.encoder_digest(),
         "dtype": str(vae.dtype).removeprefix("torch."),
         "size": size,
@@ -170,9 +168,12 @@ def identity(listing: Listing, vae: VAE, size: int) -> dict[str, Any]:
         "latents": "float16 [n, 2, C, h, w]: the image, its mirror image",
         "shape": [vae.latent_channels, edge, edge],
         "shard": SHARD,
-        "classes": list(listing.classes),
-        "files": listing.digest(),
-        "counts": torch.bincount(listing.labels).tolist(),
+        "classes": {
+            name: {"images": count, "files": digest}
+            for name, count, digest in zip(
+                listing.classes, torch.bincount(listing.labels).tolist(), listing.digests(), strict=True
+            )
+        },
     }
 
 
@@ -180,8 +181,12 @@ def open_cache(folder: Path, wanted: dict[str, Any]) -> LatentCache:
     """A finished cache; wanted: its `identity`. InputError for none, another one, a damaged shard."""
     if not (folder / INDEX).is_file():
         raise InputError(f"there is no latent cache {folder}; make it with acs-fast encode --out {folder}")
-    check(folder, wanted)
-    counts = torch.tensor(wanted["counts"])
+    if absent := check(folder, wanted):
+        raise InputError(
+            f"latent cache {folder} is without {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}; "
+            f"add what is missing with acs-fast encode --out {folder}"
+        )
+    counts = torch.tensor([value["images"] for value in wanted["classes"].values()])
     labels = torch.arange(len(counts)).repeat_interleave(counts)
     cache = LatentCache(folder, labels, tuple(wanted["shape"]), tuple(wanted["classes"]))
     for number in missing_shards(folder, cache.shards, cache.shape):
@@ -215,17 +220,18 @@ def write_cache(
     written or locked where none is. Raises InputError for a cache of something else, with the difference,
     while another process writes the same shards, and for latents that are not finite.
     """
-    wanted, shards = identity(listing, vae, size), cut(listing.labels)
+    wanted, shards = identity(listing, vae, size), cut(listing.labels, listing.classes)
     shape = tuple(wanted["shape"])
-    check(folder, wanted)
-    if not (folder / INDEX).is_file():
+    if check(folder, wanted):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, [0], wait=True):
-            check(folder, wanted)
-            write_json(folder / INDEX, wanted)
+            if check(folder, wanted):  # no other process has been faster
+                stored = read_json(folder / INDEX) if (folder / INDEX).is_file() else {"classes": {}}
+                classes = {**stored["classes"], **wanted["classes"]}
+                write_json(folder / INDEX, {**wanted, "classes": dict(sorted(classes.items()))})
     own = range(rank, len(shards), num_ranks)
     if set(own) & set(missing_shards(folder, shards, shape)):
-        with locked(folder, [1 + number for number in own]):
+        with locked(folder, [place(shards[number]) for number in own]):
             left = [shards[n] for n in missing_shards(folder, shards, shape) if n in own]
             total = sum(len(shard.rows) for shard in left)
             with tqdm(total=total, desc="encode", unit="image", disable=None, bar_format=BAR) as bar:
@@ -236,16 +242,21 @@ def write_cache(
     return LatentCache(folder, listing.labels, shape, listing.classes)
 
 
-def check(folder: Path, wanted: dict[str, Any]) -> None:
-    """InputError where the folder holds something else than the cache that is wanted."""
+def check(folder: Path, wanted: dict[str, Any]) -> list[str]:
+    """The classes that its index is without; InputError where the folder holds something else."""
     if not (folder / INDEX).is_file():
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; give a folder for the latents")
         if folder.is_dir() and any(path.suffix == ".safetensors" for path in folder.iterdir()):
             raise InputError(f"{folder} holds files of something else; give another folder")
-        return
+        return list(wanted["classes"])
     stored = read_json(folder / INDEX)
-    if not isinstance(stored, dict) or stored.get("format") != wanted["format"]:
+    classes = stored.get("classes") if isinstance(stored, dict) else None
+    if (
+        not isinstance(stored, dict)
+        or stored.get("format") != wanted["format"]
+        or not isinstance(classes, dict)
+    ):
         raise InputError(f"{folder / INDEX} is no index of a latent cache; give another folder")
     for name, meaning in MEANING.items():
         if stored.get(name) != wanted[name]:
@@ -254,6 +265,13 @@ def check(folder: Path, wanted: dict[str, Any]) -> None:
                 f"latent cache {folder} is of another {meaning}{detail}; give another folder, or remove this "
                 "one to encode again"
             )
+    for name, value in wanted["classes"].items():
+        if classes.get(name, value) != value:
+            raise InputError(
+                f"latent cache {folder} is of another file list in class {name}; give another folder, or "
+                "remove this one to encode again"
+            )
+    return [name for name in wanted["classes"] if name not in classes]
 
 
 def _write_shard(
@@ -290,13 +308,18 @@ def _write_shard(
     write_tensors(folder / f"{shard.name}.safetensors", {"latents": values})
 
 
+def place(shard: Shard) -> int:
+    """A shard's byte in the lock file, the same for every selection of classes."""
+    return 1 + int.from_bytes(hashlib.sha256(shard.name.encode()).digest()[:7], "big")
+
+
 def _sha256(entry: Entry) -> str:
     return hashlib.sha256(read_bytes(entry)).hexdigest()
 
 
 @contextlib.contextmanager
 def locked(folder: Path, places: Sequence[int], wait: bool = False) -> Iterator[None]:
-    """Hold bytes of the folder's lock file: 0 is the index, 1 + n shard n; the kernel drops them in the end.
+    """Hold bytes of the folder's lock file: 0 is the index; the kernel drops them in the end.
 
     So ranks do not write a shard together, however many each says there are.
     """

@@ -62,12 +62,12 @@ class Listing:
         """int64 [N]."""
         return torch.tensor([entry.label for entry in self.entries])
 
-    def digest(self) -> str:
-        """SHA-256 of the classes and of every file's name, label and length."""
-        total = hashlib.sha256("\n".join(self.classes).encode())
+    def digests(self) -> list[str]:
+        """For each class SHA-256 of the names and lengths of its files."""
+        totals = [hashlib.sha256() for _ in self.classes]
         for e in self.entries:
-            total.update(f"\n{e.name}\0{e.label}\0{e.length}".encode())
-        return total.hexdigest()
+            totals[e.label].update(f"{e.name}\0{e.length}\n".encode())
+        return [total.hexdigest() for total in totals]
 
     def summary(self) -> str:
         """What was skipped and converted, by reason, with a few names each; empty if nothing was."""

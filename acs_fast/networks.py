@@ -35,26 +35,42 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
 
     Raises InputError for what is missing, damaged or does not fit together, and for what the model cannot do.
     """
-    checkpoint = ASSETS / "digits-dit.safetensors" if config.model == DIGITS else resolve(config.model)
+    checkpoint = checkpoint_path(config.model)
     model = load_checkpoint(checkpoint, partial(resolve_dtype, config.dtype, device)).to(device)
     check(config, model.config)
 
     # real latents are made by the VAE's encoder
     encodes = config.guidance_space == "latent" and config.objective in REAL_OBJECTIVES
 
-    def load(source: str, tiny: bool) -> VAE:
-        dtype = vae_dtype(model)
-        vae = load_vae(source, tiny, device, dtype, encoder=encodes and not tiny)
-        check_fits(vae, model.config)
-        return vae
-
     vae = seen_by = None
     if not samples_pixels(model.config):
-        own = (checkpoint / "vae" / "config.json").is_file()
-        vae = load(config.vae or (str(checkpoint) if own else VAE_DEFAULT), tiny=False)
-    if config.guidance_space != "latent":
-        seen_by = load(config.tiny_vae, tiny=True) if config.guidance_space == "pixel-tiny" else vae
+        vae = load_own_vae(config.vae, checkpoint, model.config, device, vae_dtype(model), encoder=encodes)
+    if config.guidance_space == "pixel-tiny":
+        seen_by = load_vae(config.tiny_vae, True, device, vae_dtype(model))
+        check_fits(seen_by, model.config)
+    elif config.guidance_space == "pixel":
+        seen_by = vae
     return Networks(model, vae, seen_by, checkpoint)
+
+
+def checkpoint_path(model: str) -> Path:
+    """Where the checkpoint of `--model` lies; InputError where there is none."""
+    return ASSETS / "digits-dit.safetensors" if model == DIGITS else resolve(model)
+
+
+def load_own_vae(
+    source: str | None,
+    checkpoint: Path,
+    shape: DiTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    encoder: bool,
+) -> VAE:
+    """The VAE whose latents a model samples: that of `source`, else the checkpoint folder's, else SD's."""
+    own = (checkpoint / "vae" / "config.json").is_file()
+    vae = load_vae(source or (str(checkpoint) if own else VAE_DEFAULT), False, device, dtype, encoder=encoder)
+    check_fits(vae, shape)
+    return vae
 
 
 def check(config: DistillConfig, shape: DiTConfig) -> None:

@@ -26,6 +26,7 @@ from acs_fast.writer import write_tensors
 
 RESULTS = Path(__file__).parent / "results" / "cache_memory.jsonl"
 CLASSES, SHAPE, BATCH = 10, (4, 32, 32), 64
+NAMES = tuple(map(str, range(CLASSES)))
 MIB = 1 << 20
 
 
@@ -38,7 +39,7 @@ def make(folder: Path, images: int) -> None:
     """The shards of a cache of random latents."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(512, 2, *SHAPE, generator=generator).half()
-    for shard in cut(labels_of(images)):
+    for shard in cut(labels_of(images), NAMES):
         write_tensors(folder / f"{shard.name}.safetensors", {"latents": latents[: len(shard.rows)]})
         (folder / f"{shard.name}.jsonl").write_text("{}\n" * len(shard.rows))
 
@@ -52,7 +53,7 @@ def resident() -> float:
 def measure(folder: Path, images: int) -> dict[str, Any]:
     """Read everything once; the figures of a row."""
     torch.set_num_threads(1)
-    cache = LatentCache(folder, labels_of(images), SHAPE, tuple(map(str, range(CLASSES))))
+    cache = LatentCache(folder, labels_of(images), SHAPE, NAMES)
     cache.take(torch.zeros(BATCH, dtype=torch.long), torch.zeros(BATCH, dtype=torch.bool))
     start = most = resident()
     rows = torch.randperm(images, generator=torch.Generator().manual_seed(1))

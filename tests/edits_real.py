@@ -32,11 +32,11 @@ REAL = [
         GUIDANCE,
     ),
     Mutation(
-        "Pillow resizes without the repeated border",
-        "acs_fast/loader/pil.py",
-        'np.pad(pixels, padding, mode="edge")',
-        'np.pad(pixels, padding, mode="constant")',
-        "same_pixels and drawn",
+        "images shrink without a wider filter",
+        "acs_fast/loader/pixels.py",
+        "antialias=True",
+        "antialias=False",
+        "resized_as_pillow",
         LOADER,
     ),
     Mutation(

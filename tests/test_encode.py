@@ -106,7 +106,7 @@ def test_after_sigkill_it_continues_to_the_same_bytes(tmp_path, sources, capsys)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     whole, left = contents(tmp_path / "whole"), contents(tmp_path / "cache")
     finished = {name for name in left if name.endswith(".safetensors")}
-    assert finished == {"0000-0000.safetensors", "0000-0001.safetensors"}  # four calls for two shards
+    assert finished == {"1-0000.safetensors", "1-0001.safetensors"}  # four calls for two shards
     assert all(whole[name] == data for name, data in left.items())
     assert main(command(sources, tmp_path / "cache")) == 0
     assert contents(tmp_path / "cache") == whole
@@ -137,14 +137,14 @@ def test_a_full_disk_is_said_with_how_to_continue(tmp_path, sources, capsys, mon
     real = os.replace
 
     def full(source, target):
-        if str(target).endswith("0001-0000.safetensors"):
+        if str(target).endswith("4-0000.safetensors"):
             raise OSError(code, os.strerror(code))
         real(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         text = refused(command(sources, tmp_path / "cache"), capsys)
-    assert f"{tmp_path / 'cache' / '0001-0000.safetensors'}: {os.strerror(code)}" in text
+    assert f"{tmp_path / 'cache' / '4-0000.safetensors'}: {os.strerror(code)}" in text
     assert "run the same command again to continue" in text
     assert main(command(sources, tmp_path / "cache")) == 0
     assert main(command(sources, tmp_path / "whole")) == 0

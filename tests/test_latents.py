@@ -26,7 +26,7 @@ from tests.test_vae import changed, small_kl, small_tiny
 
 SIZE = 16
 COUNTS = {"ant": 7, "bee": 4, "cat": 1}  # with shards of 3: three, two and one
-SHARDS = ["0000-0000", "0000-0001", "0000-0002", "0001-0000", "0001-0001", "0002-0000"]
+SHARDS = ["ant-0000", "ant-0001", "ant-0002", "bee-0000", "bee-0001", "cat-0000"]
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,9 @@ def test_the_folder_says_what_is_in_it(tmp_path, listing, vae):
     cache = finished(tmp_path / "cache", listing, vae)
     index = json.loads((tmp_path / "cache" / "index.json").read_text())
     assert index == json.loads(json.dumps(identity(listing, vae, SIZE)))
-    assert index["counts"] == [7, 4, 1] and index["classes"] == list(COUNTS) and index["size"] == SIZE
-    assert index["vae"] == vae.encoder_digest() and index["files"] == listing.digest()
+    assert {name: value["images"] for name, value in index["classes"].items()} == COUNTS
+    assert index["vae"] == vae.encoder_digest() and index["size"] == SIZE
+    assert [value["files"] for value in index["classes"].values()] == listing.digests()
     assert [shard.name for shard in cache.shards] == SHARDS
     lines = []
     for name in SHARDS:
@@ -133,7 +134,7 @@ def test_a_class_is_read_without_the_others(tmp_path, listing, vae):
     rows = cache.rows_of(1)
     assert rows.tolist() == [7, 8, 9, 10]
     assert torch.equal(cache.take(rows, torch.zeros(4).bool()), expected)
-    with pytest.raises(InputError, match=r"0000-0000.safetensors is missing or damaged; run acs-fast encode"):
+    with pytest.raises(InputError, match=r"ant-0000.safetensors is missing or damaged; run acs-fast encode"):
         cache.take(cache.rows_of(0), torch.zeros(7).bool())
 
 
@@ -143,7 +144,7 @@ def test_the_memory_in_use_hangs_not_on_the_size(tmp_path, images, monkeypatch):
     monkeypatch.setattr(latents, "MAPPED_BYTES", 1 << 17)
     shape, labels = (4, 16, 16), torch.zeros(images, dtype=torch.long)  # 12 KiB a shard of three
     values = torch.arange(images).half().view(-1, 1, 1, 1, 1).expand(-1, 2, *shape)
-    for shard in latents.cut(labels):
+    for shard in latents.cut(labels, ("a",)):
         own = values[shard.rows.start : shard.rows.stop]
         writer.write_tensors(tmp_path / f"{shard.name}.safetensors", {"latents": own})
         (tmp_path / f"{shard.name}.jsonl").write_text("")
@@ -225,10 +226,8 @@ def test_a_damaged_shard_is_refused_and_made_again(tmp_path, listing, vae, damag
     folder, wanted = tmp_path / "cache", identity(listing, vae, SIZE)
     finished(folder, listing, vae)
     whole = contents(folder)
-    damage(folder / "0001-0000.safetensors")
-    with pytest.raises(
-        InputError, match=r"0001-0000\.safetensors is missing or damaged; run acs-fast encode"
-    ):
+    damage(folder / "bee-0000.safetensors")
+    with pytest.raises(InputError, match=r"bee-0000\.safetensors is missing or damaged; run acs-fast encode"):
         open_cache(folder, wanted)
     finished(folder, listing, vae)
     assert contents(folder) == whole
@@ -246,10 +245,7 @@ OTHERS = {
         listing, VAE(small_kl().bfloat16()), SIZE,
     ),
     "image size (16 there, 32 here)": lambda tmp_path, listing, vae: (listing, vae, 32),
-    "file list": other_files,
-    "classes": lambda tmp_path, listing, vae: (
-        list_images(listing.source, "train", ("bee", "ant")), vae, SIZE,
-    ),
+    "file list in class bee": other_files,
 }  # fmt: skip
 
 
@@ -270,6 +266,24 @@ def test_a_cache_of_something_else_is_refused_with_the_difference(tmp_path, list
     assert contents(folder) == before
 
 
+def test_a_cache_serves_any_selection_of_its_classes_and_takes_more_in(tmp_path, listing, vae):
+    """Encoded class by class or all at once: the same bytes, and the rows of the listing that asks."""
+    some, folder = list_images(listing.source, "train", ("cat", "ant")), tmp_path / "cache"
+    cache = finished(folder, some, vae)
+    assert cache.labels.tolist() == [0] + [1] * 7 and cache.shards[0].name == "cat-0000"
+    with pytest.raises(InputError, match=r"is without bee; add what is missing with acs-fast encode --out"):
+        open_cache(folder, identity(listing, vae, SIZE))
+    whole = finished(folder, listing, vae)
+    finished(tmp_path / "at once", listing, vae)
+    assert contents(folder) == contents(tmp_path / "at once")
+    before = contents(folder)
+    cache = finished(folder, some, vae)
+    assert contents(folder) == before
+    rows = torch.tensor([0, 1, 7])
+    expected = whole.take(torch.tensor([11, 0, 6]), rows > 0)
+    assert torch.equal(cache.take(rows, rows > 0), expected)
+
+
 def test_another_decoder_has_the_same_latents(tmp_path, listing, vae):
     finished(tmp_path / "cache", listing, vae)
     assert write(tmp_path / "cache", listing, changed("decoder")) is not None
@@ -286,7 +300,7 @@ def test_what_is_no_cache_is_refused(tmp_path, listing, vae):
     (tmp_path / "other" / "model.safetensors").write_text("")
     with pytest.raises(InputError, match="holds files of something else"):
         write(tmp_path / "other", listing, vae)
-    for text in ("{", "[]", '{"format": 2}'):
+    for text in ("{", "[]", '{"format": 1}'):
         (tmp_path / "index").mkdir(exist_ok=True)
         (tmp_path / "index" / "index.json").write_text(text)
         with pytest.raises(InputError, match="is no index of a latent cache"):
@@ -306,7 +320,13 @@ def test_two_processes_do_not_write_a_shard_together(tmp_path, listing, vae):
     """Another process holds shard 1, as rank 1 of 2 does; rank 0 is free to go on, readers always are."""
     folder = tmp_path / "cache"
     folder.mkdir()
-    command = [sys.executable, "-c", HOLD, str(folder / ".lock"), str(1 + 1)]
+    command = [
+        sys.executable,
+        "-c",
+        HOLD,
+        str(folder / ".lock"),
+        str(latents.place(latents.Shard(SHARDS[1], range(3, 6)))),
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for share in ({}, {"rank": 1, "num_ranks": 2}, {"rank": 1, "num_ranks": 3}):

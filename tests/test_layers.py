@@ -12,6 +12,7 @@ import acs_fast
 ROOT = Path(__file__).resolve().parent.parent
 # a room imports rooms further down only; those in one line do not know each other
 ORDER = [
+    ["__main__"],
     ["cli"],
     ["evaluation"],
     ["curriculum", "bench", "encoding"],

@@ -106,12 +106,12 @@ def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
         list_images(str(tmp_path), "train")
 
 
-def test_the_digest_is_of_names_labels_and_lengths(odd: Path) -> None:
-    first = list_images(str(odd), "train").digest()
-    assert list_images(str(odd), "train").digest() == first
-    assert list_images(str(odd), "train", ("bee", "ant")).digest() != first
+def test_a_class_digest_is_of_names_and_lengths(odd: Path) -> None:
+    first = list_images(str(odd), "train").digests()
+    assert list_images(str(odd), "train").digests() == first and len(set(first)) == len(first)
+    assert list_images(str(odd), "train", ("bee", "ant")).digests() == first[1::-1]
     put(odd / "train" / "bee" / "1.jpg", encoded(seed=1))
-    assert list_images(str(odd), "train").digest() != first
+    assert list_images(str(odd), "train").digests() != first
 
 
 def test_a_file_that_vanished_is_named(odd: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,19 @@ from PIL import Image
 
 from acs_fast import environment, loader
 from acs_fast.config import InputError
+from acs_fast.discriminator import Trainer
+from acs_fast.feeds import Ahead, Examples
 from acs_fast.listing import Listing, list_images
 from acs_fast.loader import Balanced, ordered, resolve_loader, stream, training_crop
+from acs_fast.loader.pixels import batch, resized
+from acs_fast.loader.request import Crop
+from acs_fast.models.classifier import build_classifier
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+CUDA = torch.device("cuda")
+MIXED = (("dali", CUDA), ("pil", CPU))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 has_dali = pytest.mark.skipif(loader.dali.why_not() is not None, reason="nvidia-dali is not installed")
 
 
@@ -68,8 +77,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Listing:
     return list_images(str(root), "train")
 
 
-def in_order(listing: Listing, which: str, size: int = 24, channels: int = 3) -> torch.Tensor:
-    settings = {"size": size, "channels": channels, "batch_size": 8, "loader": which, "device": CPU}
+def in_order(
+    listing: Listing, which: str, size: int = 24, channels: int = 3, device: torch.device = CPU
+) -> torch.Tensor:
+    settings = {"size": size, "channels": channels, "batch_size": 8, "loader": which, "device": device}
     return torch.cat([batch.images for batch in ordered(listing, range(len(listing.entries)), **settings)])
 
 
@@ -104,6 +115,60 @@ def test_the_plain_loader_reads_the_central_square(drawn: Listing) -> None:
             assert np.array_equal(got, expected)
     turned = next(e for e in drawn.entries if e.name.endswith("07.jpg"))
     assert (turned.width, turned.height, turned.plain) == (30, 40, False)
+
+
+@has_dali
+@needs_gpu
+@pytest.mark.parametrize("which", ["drawn", "photographs"])
+def test_a_gpu_decodes_what_pillow_does(which: str, request) -> None:
+    listing = request.getfixturevalue(which)
+    for size, channels in ((24, 3), (64, 3), (24, 1)):
+        pair = [in_order(listing, name, size, channels, device) for name, device in MIXED]
+        apart = (pair[0].cpu() - pair[1]).abs() * 127.5  # nvJPEG rounds and upsamples in its own way
+        assert pair[0].is_cuda and apart.mean() < 1.0 and apart.quantile(0.999) < 8.0
+
+
+@has_dali
+@needs_gpu
+def test_dali_decodes_while_a_training_step_is_captured(photographs: Listing) -> None:
+    """The stream runs in its own thread and on its own CUDA stream while two batch shapes are captured."""
+    feed = Ahead(
+        Examples(b.images, b.labels)
+        for b in stream(
+            photographs, size=32, channels=3, batch_size=16, device=CUDA, seed=0, mirror=True, loader="dali"
+        )
+    )
+    network = build_classifier("convnet-3", 3, 10, 32).to(CUDA)
+    initial = {name: value.clone() for name, value in network.state_dict().items()}
+    with closing(feed):
+        next(feed)  # DALI is at work
+        for count in (8, 16):
+            batches = (Examples(x[:count], y[:count]) for x, y, _ in feed)
+            losses = list(Trainer(network).learn(initial, batches, steps=20, lr=1e-3))
+            assert torch.stack(losses).isfinite().all()
+        after = [next(feed) for _ in range(3)]
+    for step, (images, labels, _) in enumerate(after, start=41):
+        expected = streamed(photographs, "dali", 1, size=32, batch_size=16, seed=0, device=CUDA, step=step)[0]
+        assert torch.equal(images, expected.images) and torch.equal(labels, expected.labels)
+
+
+@pytest.mark.parametrize("width,height,size", [(90, 70, 32), (33, 57, 24), (20, 31, 64), (24, 24, 24)])
+def test_boxes_are_resized_as_pillow_resizes(width: int, height: int, size: int) -> None:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    expected = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+    for channels in (3, 1):
+        got = resized(torch.from_numpy(pixels[..., :channels].copy()), size)
+        assert got.dtype == torch.uint8 and got.shape == (channels, size, size)
+        wanted = torch.from_numpy(np.array(expected)[..., :channels]).permute(2, 0, 1)
+        assert (got.int() - wanted.int()).abs().max() <= 1
+
+
+def test_a_batch_is_mirrored_image_by_image_and_normalised() -> None:
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    whole = Crop(0, 0, 4, 4, False)
+    got = batch(list(images), [whole, whole._replace(flip=True)], CPU)
+    expected = images.float() / 127.5 - 1.0
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1].flip(-1))
 
 
 @pytest.mark.parametrize("which", ["pil", pytest.param("dali", marks=has_dali)])

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.data import ASSETS, DIGITS
+from acs_fast.data import DIGITS
 from acs_fast.generator import ImageGenerator
-from acs_fast.models.checkpoint import load_checkpoint, resolve
+from acs_fast.models.checkpoint import load_checkpoint
 from acs_fast.models.dit import SIZES, DiT, DiTConfig, official_config, sincos_pos_embed
 from acs_fast.models.vae import VAE, check_fits, load_vae
-from acs_fast.networks import Networks, check, resolve_dtype, samples_pixels, vae_dtype
+from acs_fast.networks import Networks, check, checkpoint_path, resolve_dtype, samples_pixels, vae_dtype
 
 MODELS = {f"{size.lower()}-{p}": official_config(f"{size}/{p}") for size in SIZES for p in (2, 4, 8)}
 KL: dict[str, Any] = {  # Stable Diffusion's
@@ -38,7 +38,7 @@ def make_subject(config: DistillConfig, device: torch.device, depth: int | None 
     shape, checkpoint = sized(config.model), None
     dtype = partial(resolve_dtype, config.dtype, device)
     if shape is None:
-        checkpoint = ASSETS / "digits-dit.safetensors" if config.model == DIGITS else resolve(config.model)
+        checkpoint = checkpoint_path(config.model)
         model = load_checkpoint(checkpoint, dtype).to(device)
     else:
         model = random_dit(dataclasses.replace(shape, depth=depth or shape.depth), dtype(shape), device)

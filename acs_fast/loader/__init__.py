@@ -1,8 +1,9 @@
 """Batches of real images from a listing, decoded by DALI or by Pillow: the same pixels, within a grey level.
 
-Both decoders get the same encoded bytes and the same integer crop boxes and flips, drawn on the host. So a
-batch is a function of (seed, step), a stream is resumed by its step, ranks and workers change nothing, and
-the loaders differ by rounding at most.
+Both decoders get the same encoded bytes and the same integer crop boxes, drawn on the host; resize, flip
+and normalisation are PyTorch's after either (`pixels.py`). So a batch is a function of (seed, step), a
+stream is resumed by its step, ranks and workers change nothing, and the loaders differ by their JPEG
+decoder's rounding at most.
 
 DALI runs on threads and, on a GPU, a stream of its own; batches are copied into tensors of PyTorch's
 outside of every captured graph. A capture is `thread_local` and the graphs own their memory, so neither
@@ -161,7 +162,6 @@ def _batches(
     loader: str,
     device: torch.device,
 ) -> Iterator[Batch]:
-    decode = dali.decode if loader == "dali" else pil.decode
     with ThreadPoolExecutor(4, "read") as readers:
 
         def read(picked: list[tuple[int, Crop]]) -> Request:
@@ -179,7 +179,11 @@ def _batches(
             while under_way:
                 yield under_way.popleft().result()
 
-        for request, images in decode(ahead(), size, channels, batch_size, device):
+        if loader == "dali":
+            decoded = dali.decode(ahead(), size, channels, batch_size, device)
+        else:
+            decoded = pil.decode(ahead(), size, channels, device)
+        for request, images in decoded:
             rows = torch.tensor(request.rows)
             labels = torch.tensor([entry.label for entry in request.entries])
             yield Batch(images, labels.to(device), rows)

@@ -1,4 +1,8 @@
-"""Decode and crop by NVIDIA DALI: on the CPU, or half on the GPU (nvJPEG) where that is the device."""
+"""Decode boxes by NVIDIA DALI: on the CPU, or half on the GPU (nvJPEG) where that is the device.
+
+What follows the decode is PyTorch's. DALI has operators for it, but its resize on a CPU takes longer than
+its decode (benchmarks/README.md), and so both loaders share every later step.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from acs_fast.config import InputError
 from acs_fast.loader import pil
+from acs_fast.loader.pixels import batch, resized
 from acs_fast.loader.request import Crop, Request
 
 THREADS = 2
@@ -52,9 +57,8 @@ def decode(
             under_way.append(request)
             yield (
                 [np.frombuffer(d, np.uint8) for d in data],
-                [np.array([c.top, c.left], np.int32) for c in boxes],
-                [np.array([c.height, c.width], np.int32) for c in boxes],
-                [np.array(c.flip, np.int32) for c in boxes],
+                list(np.array([(c.top, c.left) for c in boxes], np.int32)),
+                list(np.array([(c.height, c.width) for c in boxes], np.int32)),
             )
 
     @pipeline_def(
@@ -64,8 +68,8 @@ def decode(
         prefetch_queue_depth=AHEAD,
     )
     def pipeline() -> Any:
-        encoded, start, shape, flip = fn.external_source(source=source(), num_outputs=4, batch=True)
-        images = fn.decoders.image_slice(
+        encoded, start, shape = fn.external_source(source=source(), num_outputs=3, batch=True)
+        return fn.decoders.image_slice(
             encoded,
             start=start,
             shape=shape,
@@ -73,15 +77,6 @@ def decode(
             output_type=types.GRAY if grey else types.RGB,
             jpeg_fancy_upsampling=True,  # as libjpeg and Pillow do
             device="mixed" if on_gpu else "cpu",
-        )
-        images = fn.resize(images, size=(size, size), interp_type=types.INTERP_TRIANGULAR, antialias=True)
-        return fn.crop_mirror_normalize(
-            images,
-            dtype=types.FLOAT,
-            output_layout="CHW",
-            mean=[127.5] * channels,
-            std=[127.5] * channels,
-            mirror=flip,
         )
 
     pipe = pipeline()
@@ -98,13 +93,15 @@ def decode(
                 f"DALI cannot decode one of {first} ... {last} ({reason}); use --loader pil"
             ) from error
         request = under_way.popleft()
-        images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
         jobs = zip(request.entries, request.data, request.crops, strict=True)
-        for row, ((entry, data, crop), own) in enumerate(zip(jobs, served(request), strict=True)):
-            if not own:
-                pixels = pil.decode_one(entry, data, crop, size, channels)
-                images[row] = (pixels.float() / 127.5 - 1.0).to(device)
-        yield request, images
+        images = []
+        for row, (job, own) in enumerate(zip(jobs, served(request), strict=True)):
+            box = torch.utils.dlpack.from_dlpack(output[row]) if own else pil.box(*job, channels).to(device)
+            images.append(resized(box, size))
+        done = batch(images, request.crops, device)
+        if on_gpu:  # DALI may write into the boxes' memory again as soon as they are dropped
+            torch.cuda.current_stream(device).synchronize()
+        yield request, done
 
 
 def _placeholder() -> bytes:

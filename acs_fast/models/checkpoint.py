@@ -154,16 +154,7 @@ def load_checkpoint(
     Raises InputError for a missing, truncated or foreign file; it names the first five missing and unexpected
     tensors, the first of another shape, the first with NaN or infinite values.
     """
-    if path.is_dir():
-        weights, config, layout = read_folder(path)
-    elif path.is_file():
-        read = _read_torch if path.suffix in (".pt", ".pth") else _read_safetensors
-        weights, config = read(path)
-        layout = None
-    else:
-        raise _absent(path, "transformer")
-    if config.num_classes == 1000 and not config.classes:
-        config = dataclasses.replace(config, classes=imagenet_classes())
+    weights, config, layout = _open(path)
     if not isinstance(dtype, torch.dtype):
         dtype = dtype(config)
     with torch.device("meta"):
@@ -173,6 +164,26 @@ def load_checkpoint(
     _check_shapes(path, weights, layout, shapes)
     model.load_state_dict(_read_state(path, weights, layout, shapes, dtype), strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def read_config(path: Path) -> DiTConfig:
+    """The shape and classes of a checkpoint's DiT, without its weights; InputError for what is none."""
+    return _open(path)[1]
+
+
+def _open(path: Path) -> tuple[Weights, DiTConfig, Layout | None]:
+    """A checkpoint's tensors, not read yet, its configuration, and its layout if it is not the official."""
+    layout = None
+    if path.is_dir():
+        weights, config, layout = read_folder(path)
+    elif path.is_file():
+        read = _read_torch if path.suffix in (".pt", ".pth") else _read_safetensors
+        weights, config = read(path)
+    else:
+        raise _absent(path, "transformer")
+    if config.num_classes == 1000 and not config.classes:
+        config = dataclasses.replace(config, classes=imagenet_classes())
+    return weights, config, layout
 
 
 def _check_shapes(
