@@ -26,7 +26,6 @@ def resized(box: Tensor, size: int) -> Tensor:
 
 def batch(images: Sequence[Tensor], crops: Sequence[Crop], device: torch.device) -> Tensor:
     """Resized images [C, S, S], each 0 to 255, as fp32 [B, C, S, S] in [-1, 1] on `device`; some mirrored."""
-    stacked = torch.stack(list(images)).to(device)
-    flips = torch.tensor([crop.flip for crop in crops], device=device)
-    stacked = torch.where(flips[:, None, None, None], stacked.flip(3), stacked)
-    return stacked.float() / 127.5 - 1.0
+    pairs = zip(images, crops, strict=True)
+    stacked = torch.stack([image.flip(2) if crop.flip else image for image, crop in pairs])
+    return stacked.to(device).float().div_(127.5).sub_(1.0)
