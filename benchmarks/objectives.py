@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "nonsaturating": {"objective": "nonsaturating"},
     "learnability": {"objective": "learnability"},
     "density_ratio": {"objective": "density_ratio"},
+    "density_ratio, a third of the scale": {"objective": "density_ratio", "guidance_scale": 0.05},
     "adversarial, repulsion": {"objective": "adversarial", "repulsion": 1.0},
 }
 
