@@ -1,4 +1,4 @@
-"""The command line: every flag is a field of a configuration in config.py, every command one call."""
+"""The command line: every flag is a field of a configuration in config, every command one call."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
         default = getattr(effective, field.name)
         notes = [] if default in (None, ()) else [f"default {_shown(default)}"]
         notes += [
-            f"{_shown(v[field.name])} with preset {p}" for p, v in PRESETS[cls].items() if field.name in v
+            f"{_shown(v[field.name])} with preset {p}"
+            for p, v in PRESETS[cls.__name__].items()
+            if field.name in v
         ]
         flag = f"--{field.name.replace('_', '-')}"
         text = field.metadata["help"] + (f" ({', '.join(notes)})" if notes else "")

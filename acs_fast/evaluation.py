@@ -153,7 +153,7 @@ def choose_protocol(config: EvaluateConfig, run: Run | None, ipc: int, num_class
     A protocol that is named has its own epochs, not the preset's.
     """
     source = (config.real or run.config.real) if run else ""
-    preset = PRESETS[EvaluateConfig].get(source, {}) if not config.protocol else {}
+    preset = PRESETS["EvaluateConfig"].get(source, {}) if not config.protocol else {}
     protocol = config.protocol or preset.get("protocol", "hard-sgd")
     return protocol, config.epochs or preset.get("epochs") or protocol_epochs(ipc, num_classes)
 

@@ -67,7 +67,7 @@ def test_shortened_flags_are_refused(argv: list[str], capsys) -> None:
 
 
 def test_help_shows_the_defaults_in_effect(capsys, monkeypatch) -> None:
-    monkeypatch.setitem(PRESETS[DistillConfig], "digits", {"cfg_scale": 7.25})
+    monkeypatch.setitem(PRESETS["DistillConfig"], "digits", {"cfg_scale": 7.25})
     text = {}
     for command in ("distill", "evaluate", "train"):
         with pytest.raises(SystemExit):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from acs_fast.config import PRESETS, EvaluateConfig
+from acs_fast.config import PRESETS
 from benchmarks.digits import RESULTS, table
 from benchmarks.step_speed import table as step_table
 
@@ -38,7 +38,7 @@ def test_the_readme_shows_the_measured_table() -> None:
 
 
 def test_every_row_says_where_it_comes_from(rows) -> None:
-    preset = PRESETS[EvaluateConfig]["digits"]
+    preset = PRESETS["EvaluateConfig"]["digits"]
     for row in rows:
         assert row["commit"] and row["device"] and row["versions"]["torch"]
         assert {name: row[name] for name in preset} == preset
