@@ -26,16 +26,47 @@ def curriculum_ranges(ipc: int, num_curricula: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
-def curriculum_batches(num_classes: int, indices: range, batch_size: int) -> list[list[Item]]:
-    """A curriculum's images class by class, in the fewest batches, as equal as they can be.
+@dataclass(frozen=True)
+class Layout:
+    """The order of a run's images: curriculum by curriculum, in each class by class, in a class by index.
 
-    Equal batches leave the least padding of the engine's fixed shape. One configuration always gives the same
-    cut.
+    Curricula are counted from 1. An image has a number in its curriculum and, after those of all earlier
+    curricula, one in the run.
     """
-    items = [Item(position, index) for position in range(num_classes) for index in indices]
-    count = -(-len(items) // batch_size)
-    cuts = [len(items) * i // count for i in range(count + 1)]
-    return [items[a:b] for a, b in itertools.pairwise(cuts)]
+
+    num_classes: int
+    ranges: tuple[range, ...]
+
+    @property
+    def total(self) -> int:
+        """Images of the run."""
+        return self.num_classes * self.ranges[-1].stop
+
+    def size(self, curriculum: int) -> int:
+        """Images of a curriculum."""
+        return self.num_classes * len(self.ranges[curriculum - 1])
+
+    def start(self, curriculum: int) -> int:
+        """The number in the run of a curriculum's first image."""
+        return self.num_classes * self.ranges[curriculum - 1].start
+
+    def item(self, curriculum: int, number: int) -> Item:
+        """The image of a number in its curriculum."""
+        indices = self.ranges[curriculum - 1]
+        position, place = divmod(number, len(indices))
+        return Item(position, indices[place])
+
+    def number(self, item: Item) -> int:
+        """An image's number in the run."""
+        curriculum = next(i for i, indices in enumerate(self.ranges, start=1) if item.index in indices)
+        indices = self.ranges[curriculum - 1]
+        return self.start(curriculum) + item.position * len(indices) + item.index - indices.start
+
+
+def cut(count: int, size: int) -> list[range]:
+    """0..count-1 in the fewest parts of at most `size`, as equal as they can be."""
+    parts = -(-count // size)
+    return [range(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
 def bytes_per_image(shape: DiTConfig, dtype: torch.dtype, jacobian: str = "identity") -> int:

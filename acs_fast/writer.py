@@ -1,11 +1,9 @@
-"""The run folder: its lock, its files (each written whole or not at all), images and the manifest."""
+"""The run folder: its lock, its record, its files, each written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -13,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,6 +26,7 @@ CONTENTS = (
     "samples",
     "discriminators",
     "latents",
+    "logs",
     CURRICULA,
     "baselines",
     "contact_sheet.png",
@@ -37,18 +35,27 @@ CONTENTS = (
     MANIFEST,
 )
 LOCK = ".lock"
+TEMPORARY = ".tmp"  # suffix of what is being written
 # settings a run may be continued with other values of: they change nothing, or what they lead to is compared
-FREE = ("out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae", "cache")
+FREE = (
+    "out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae", "cache", "keep_latents", "log_json",
+)  # fmt: skip
 DIGESTS = ("model_sha256", "vae_sha256", "seen_by_sha256")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write the file whole or not at all, and make its folder; OSError names the path."""
+    write_whole(path, (data,))
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """`write_atomic` of parts, one after another."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -56,6 +63,24 @@ def write_atomic(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk before what follows."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(out: Path) -> None:
+    """Remove the unfinished files that killed processes left in a run folder, which is locked."""
+    folders = [out, *(out / name for name in CONTENTS if (out / name).is_dir() and name != "baselines")]
+    for folder in folders:
+        found = folder.glob(f"*{TEMPORARY}") if folder == out else folder.rglob(f"*{TEMPORARY}")
+        for path in found:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,14 +99,6 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         return load_file(path) if path.is_file() else None
     except SafetensorError:
         return None
-
-
-def encode_png(image: Tensor) -> bytes:
-    """uint8 [H, W, C] with 1 or 3 channels to the bytes of an 8-bit L or RGB PNG."""
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @contextlib.contextmanager
@@ -180,46 +197,3 @@ def clear(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-class Manifest:
-    """`manifest.jsonl`: one row an image, appended batch by batch once the batch's images are on disk."""
-
-    def __init__(self, out: Path):
-        self.out = out
-        self.path = out / MANIFEST
-        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
-        if self.path.is_file():
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill, or no row
-                    row = json.loads(line.decode())
-                    if isinstance(row["sha256"], str):
-                        self.rows[row["class"], row["index"]] = row
-
-    def holds(self, keys: list[tuple[str, int]]) -> bool:
-        """Whether every (class, index) has a row and its image file is the one written then."""
-        return all(key in self.rows and self._digest(key) == self.rows[key]["sha256"] for key in keys)
-
-    def append(self, encoded: Iterable[bytes], rows: list[dict[str, Any]]) -> None:
-        """Write a batch's encoded images, then its rows, to which it adds the file's SHA-256."""
-        for data, row in zip(encoded, rows, strict=True):
-            write_atomic(self.image_path((row["class"], row["index"])), data)
-            row["sha256"] = hashlib.sha256(data).hexdigest()
-            self.rows[row["class"], row["index"]] = row
-        with open(self.path, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rewrite(self, keys: list[tuple[str, int]]) -> None:
-        """Replace the file by the rows of `keys` that exist, in that order: no cut or doubled line stays."""
-        kept = [self.rows[key] for key in keys if key in self.rows]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-
-    def image_path(self, key: tuple[str, int]) -> Path:
-        """`<out>/images/<class>/<index>.png`."""
-        return self.out / "images" / key[0] / f"{key[1]}.png"
-
-    def _digest(self, key: tuple[str, int]) -> str | None:
-        path = self.image_path(key)
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
