@@ -21,7 +21,7 @@ from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.networks import resolve_dtype
 from acs_fast.report import contact_sheet
-from tests.runs import contents
+from tests.runs import contents, stored
 from tests.test_sampler import randomise
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -86,7 +86,7 @@ def test_a_run_in_bf16_says_so_and_is_near_the_one_in_fp32(tiny, tmp_path: Path)
     assert json.loads((runs[1] / "config.json").read_text())["config"]["dtype"] == "bf16"
     from safetensors.torch import load_file
 
-    one, two = (load_file(run / "samples/1-0.safetensors")["samples"] for run in runs)
+    one, two = (load_file(stored(run, 1))["samples"] for run in runs)
     assert one.dtype == two.dtype == torch.float32
     assert 0 < (one - two).abs().mean() < 0.05
 
@@ -228,9 +228,9 @@ def test_a_run_begun_with_what_this_machine_lacks_says_so(tiny) -> None:
 def test_a_run_of_the_plain_sampler_is_continued_by_the_engine(tiny) -> None:
     out = distill(tiny(backend="reference"))
     assert json.loads((out / "config.json").read_text())["config"]["attention"] == "auto"
-    (out / "samples/3-0.safetensors").unlink()
+    stored(out, 3).unlink()
     distill(tiny())
-    assert (out / "samples/3-0.safetensors").is_file()
+    assert stored(out, 3).is_file()
 
 
 def test_a_long_list_of_classes_is_no_path(tmp_path: Path, monkeypatch) -> None:
