@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from acs_fast.config import DistillConfig, InputError, resolve
-from acs_fast.images import Images, Key
+from acs_fast.images import Images
 from acs_fast.log import Pace
 from acs_fast.manifest import Rows
 from acs_fast.plan import Layout, curriculum_ranges
@@ -145,14 +145,18 @@ class Found:
 
     def written(self) -> np.ndarray:
         """bool [images]: which have a row and a file."""
-        has_row = self.rows.places[:, 0] >= 0
-        written = np.zeros(self.layout.total, bool)
-        exists = Existing(self.images)
-        for position in range(len(self.classes)):  # a class by a class: its folder is listed once
+        written = self.rows.places[:, 0] >= 0
+        names = [self.images.path((self.classes[0], index)).name for index in range(self.config.ipc)]
+        for position, name in enumerate(self.classes):  # a listing is quicker than a question a file
+            listed = listing(self.images.path((name, 0)).parent)
+            exists = np.array([file in listed for file in names])
             for curriculum, indices in enumerate(self.layout.ranges, start=1):
                 start = self.layout.start(curriculum) + position * len(indices)
-                for place in np.nonzero(has_row[start : start + len(indices)])[0].tolist():
-                    written[start + place] = exists((self.classes[position], indices[place]))
+                part = written[start : start + len(indices)]
+                for place in np.nonzero(part & ~exists[indices.start : indices.stop])[0].tolist():
+                    part[place] = (
+                        self.images.read((name, indices[place])) is not None
+                    )  # in a shard, if at all
         return written
 
     def damaged(self, written: np.ndarray) -> np.ndarray:
@@ -183,22 +187,12 @@ class Found:
         return f"{self.classes[item.position]}/{item.index}"
 
 
-class Existing:
-    """Whether an image exists; of files in folders the names are listed, a folder at a time."""
-
-    def __init__(self, images: Images):
-        self.images = images
-        self._folder, self._names = Path(), frozenset[str]()
-
-    def __call__(self, key: Key) -> bool:
-        path = self.images.path(key)
-        if path.parent != self._folder:
-            try:
-                self._names = frozenset(os.listdir(path.parent))
-            except (FileNotFoundError, NotADirectoryError):
-                self._names = frozenset()
-            self._folder = path.parent
-        return path.name in self._names or self.images.read(key) is not None
+def listing(folder: Path) -> frozenset[str]:
+    """The names in a folder; none where there is no folder."""
+    try:
+        return frozenset(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
 
 
 def read_record(out: Path) -> tuple[dict[str, Any], DistillConfig]:

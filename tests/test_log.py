@@ -228,6 +228,16 @@ def test_a_start_anew_counts_from_its_own_batches(tmp_path: Path, clocks: Clocks
     assert Pace(tmp_path).rate == pytest.approx(10)
 
 
+def test_a_start_whose_line_is_lost_counts_too(tmp_path: Path, clocks: Clocks) -> None:
+    for images in (1000, 10):
+        clocks.seconds = 0
+        with Log(tmp_path, 0) as file:
+            for _ in range(4):
+                clocks.seconds += 1
+                file.event("batch", images=images, seconds=1.0)
+    assert Pace(tmp_path).rate == pytest.approx(10)
+
+
 def test_processes_that_are_no_more_do_not_count(tmp_path: Path, clocks: Clocks) -> None:
     for rank in range(4):
         sample(tmp_path, clocks, rank, [(1, 5)], num_ranks=4)
