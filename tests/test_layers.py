@@ -15,7 +15,7 @@ ORDER = [
     ["__main__"],
     ["cli"],
     ["evaluation"],
-    ["curriculum", "bench", "encoding"],
+    ["curriculum", "bench", "encoding", "status"],
     ["steering"],
     ["generator", "training", "report", "protocol", "output"],
     ["engine"],
@@ -24,6 +24,8 @@ ORDER = [
     ["discriminator", "guidance", "compiled"],
     ["feeds"],
     ["latents"],
+    ["manifest"],
+    ["images"],
     ["writer", "environment", "attention", "linear", "plan", "networks"],
     ["graph"],
     ["ops", "testing"],
@@ -32,7 +34,7 @@ ORDER = [
     ["data"],
     ["loader"],
     ["listing"],
-    ["config"],
+    ["config", "log", "stopping"],
     ["kernels"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
