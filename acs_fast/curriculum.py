@@ -23,7 +23,7 @@ from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
-from acs_fast.images import IMAGES, Images
+from acs_fast.images import Images
 from acs_fast.loader import resolve_loader
 from acs_fast.manifest import Manifest, Rows
 from acs_fast.models.checkpoint import read_config
@@ -34,6 +34,7 @@ from acs_fast.report import contact_sheet
 from acs_fast.resume import add_samples, find_missing, own_batches
 from acs_fast.samples import Samples
 from acs_fast.session import Session
+from acs_fast.shards import SHARD
 from acs_fast.steering import Steering
 from acs_fast.writer import RUN_CONFIG, claim, is_record, lock, read_json, sweep, write_atomic
 
@@ -184,6 +185,8 @@ class Run:
         with Output(self.manifest, self.device, decode, to_uint8) as self.output:
             for curriculum in range(1, self.config.num_curricula + 1):
                 self.sample_curriculum(curriculum)
+                if self.config.format == "wds":
+                    self.pack(curriculum)
             self.waited = self.output.waited
 
     def sample_curriculum(self, curriculum: int) -> None:
@@ -206,6 +209,15 @@ class Run:
         seconds = round(time.perf_counter() - started, 3)
         self.session.event("curriculum", number=curriculum, images=images, seconds=seconds)
 
+    def pack(self, curriculum: int) -> None:
+        """Move a finished curriculum's images into shards: each rank its own, those that are there stay."""
+        self.ranks.barrier()  # the images of all ranks are on disk
+        for number, numbers in enumerate(cut(self.layout.size(curriculum), SHARD)):
+            if number % self.ranks.num_ranks == self.ranks.rank:
+                items = [self.layout.item(curriculum, place) for place in numbers]
+                keys = [(self.classes[item.position], item.index) for item in items]
+                self.images.pack(curriculum, number, keys)
+
     def finish(self) -> None:
         """Put the manifest in order, keep or remove the samples, draw the contact sheet last."""
         self.ranks.barrier()
@@ -215,7 +227,8 @@ class Run:
             self._rows().merge()
             if not self.config.keep_latents:
                 self.samples.remove()
-            sheet = contact_sheet(self.out / IMAGES, self.classes, self.layout.ranges)
+            self.images.sweep()
+            sheet = contact_sheet(self.images, self.classes, self.layout.ranges)
             write_atomic(self.out / "contact_sheet.png", sheet)
 
     def _sample_batch(

@@ -17,6 +17,7 @@ from acs_fast.config import DistillConfig, InputError
 from acs_fast.curriculum import distill, keep_resolved, with_absolute_paths
 from acs_fast.engine import StepEngine
 from acs_fast.generator import ImageGenerator
+from acs_fast.images import Images
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.networks import resolve_dtype
@@ -260,10 +261,10 @@ def test_the_record_says_which_attention_ran_and_what_refused(tiny) -> None:
 
 
 def test_the_sheet_of_many_images_is_small(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "a").mkdir()
+    images = Images(tmp_path)
     for index in range(3):
-        Image.new("RGB", (64, 64), "red").save(tmp_path / "a" / f"{index}.png")
-    whole = Image.open(io.BytesIO(contact_sheet(tmp_path, ("a",), [range(3)])))
+        images.write(("a", index), images.encode(torch.zeros(64, 64, 3, dtype=torch.uint8)))
+    whole = Image.open(io.BytesIO(contact_sheet(images, ("a",), [range(3)])))
     monkeypatch.setattr(report, "MAX_PIXELS", 3 * 20 * 20)
-    small = Image.open(io.BytesIO(contact_sheet(tmp_path, ("a",), [range(3)])))
+    small = Image.open(io.BytesIO(contact_sheet(images, ("a",), [range(3)])))
     assert whole.height - small.height == 64 - 20

@@ -26,7 +26,7 @@ ORDER = [
     ["latents"],
     ["manifest"],
     ["images"],
-    ["writer", "environment", "attention", "linear", "plan", "networks"],
+    ["shards", "writer", "environment", "attention", "linear", "plan", "networks"],
     ["graph"],
     ["ops", "testing"],
     ["augment", "diffusion"],
