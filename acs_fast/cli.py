@@ -23,7 +23,7 @@ from acs_fast.config import (
     TrainConfig,
     resolve,
 )
-from acs_fast.stopping import Stopped
+from acs_fast.stopping import RankLost, Stopped, Stopping
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,15 +36,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.call(args) or 0
     except InputError as error:
-        print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        if not getattr(error, "told", False):  # by rank 0
+            print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"acs-fast: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
+        if getattr(error, "told", False):
+            return 2
         where = f" {error.filename}" if error.filename else ""
         hint = again and f"; what is written is whole, mend this and {again}"
         print(f"acs-fast: cannot read or write{where}: {error.strerror or error}{hint}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"acs-fast: {stopped}{again and '; ' + again}", file=sys.stderr)
+        print(f"acs-fast: {stopped}", file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt:
         print(f"acs-fast: interrupted{again and '; ' + again}", file=sys.stderr)
@@ -162,14 +168,17 @@ def run_distill(args: argparse.Namespace) -> None:
     evaluation = resolve(EvaluateConfig, settings)  # refused, if it must be, before the run
     from acs_fast.curriculum import distill  # deferred: --help starts without torch
     from acs_fast.distributed import join
+    from acs_fast.log import Log
     from acs_fast.session import Session
 
     if args.evaluate:
         from acs_fast.evaluation import check_test_images
 
         check_test_images(config)
-    with join(config.device) as ranks:
-        out = distill(config, overwrite=args.overwrite, session=Session(ranks))
+    with join(config.device) as ranks, Stopping() as stopping:
+        log = Log(Path(config.out), ranks.rank, config.log_json)
+        session = Session(ranks, stopping.check, log.event)
+        out = distill(config, overwrite=args.overwrite, session=session)
     if not ranks.leads:
         return
     for name in ("images", "manifest.jsonl", "contact_sheet.png"):

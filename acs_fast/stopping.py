@@ -26,6 +26,10 @@ class Stopped(Exception):
         super().__init__(f"stopped by {signal.Signals(signum).name}" + (message and f": {message}"))
 
 
+class RankLost(RuntimeError):
+    """Another process of the run has ended; the message names it, if it died, and says what to do."""
+
+
 class Stopping:
     """Within it, the first SIGTERM or SIGINT is only noted: `check` raises it where the run can stop.
 
