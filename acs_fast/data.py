@@ -191,8 +191,9 @@ def load_images(
     """All images of a source: `digits`, a folder `<split>/<class>/*` (or `<class>/*`), WebDataset shards.
 
     split: `train` or `val`; None reads a distilled set, which is a folder `<class>/*` whatever its names are,
-    or a folder of shards; in natural order of the names within a class. WebP knows no grey: a set of it that
-    shows none but grey is one. classes: label order, default the sorted folder names, or what the shards say.
+    or a folder of shards; within a class in the field's lexicographic order (0, 1, 10, 2). WebP knows no
+    grey: a set of it that shows none but grey is one. classes: label order, default the sorted folder names,
+    or what the shards say.
     size: shorter side resized to it and the centre cropped, default the size of the first image. channels:
     1 or 3, default those of the first image. loader: `auto`, `dali` or `pil`; a distilled set is always read
     by Pillow, as it lies.
@@ -232,7 +233,7 @@ def _loose(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...]
     found: list[Located] = []
     for label, name in enumerate(names):
         folder = root / name
-        files = sorted(sorted(image_files(folder)), key=lambda path: natural(path.name))
+        files = sorted(image_files(folder))
         if not files:
             raise InputError(
                 f"class folder {folder} is missing or holds no images; known: {known_classes(root)}"
@@ -251,7 +252,7 @@ def _packed(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...
     listing = list_images(str(root), None, classes)
     for name, why in listing.skipped:
         raise InputError(f"image {root / name} cannot be read ({why}); remove or replace it")
-    entries = sorted(listing.entries, key=lambda entry: (entry.label, natural(entry.name)))
+    entries = sorted(listing.entries, key=lambda entry: (entry.label, loose_name(entry.name)))
     return listing.classes, [(str(root / entry.name), entry.label, entry) for entry in entries]
 
 
@@ -260,10 +261,9 @@ def image_files(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """What a name sorts by for 10 to follow 2."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part or 0), "") if place % 2 else (0, part) for place, part in enumerate(parts)]
+def loose_name(member: str) -> str:
+    """A shard's member as a file of its own would be called, so that both are in the same order."""
+    return re.sub(r"_0*([0-9]+\.)", r"_\1", member.rpartition("/")[2])
 
 
 def read_image(path: Path, size: int | None = None, channels: int | None = None) -> Tensor:

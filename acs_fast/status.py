@@ -154,9 +154,7 @@ class Found:
                 start = self.layout.start(curriculum) + position * len(indices)
                 part = written[start : start + len(indices)]
                 for place in np.nonzero(part & ~exists[indices.start : indices.stop])[0].tolist():
-                    part[place] = (
-                        self.images.read((name, indices[place])) is not None
-                    )  # in a shard, if at all
+                    part[place] = self.images.holds((name, indices[place]))  # in a shard, if at all
         return written
 
     def damaged(self, written: np.ndarray) -> np.ndarray:

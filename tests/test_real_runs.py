@@ -19,6 +19,7 @@ from acs_fast.loader import dali
 from acs_fast.models import classifier
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
+from acs_fast.writer import read_tensors
 from tests.runs import contents, refused, stored
 from tests.test_sampler import randomise
 
@@ -145,7 +146,7 @@ def test_repulsion_moves_the_later_curricula_apart(make, tmp_path: Path) -> None
     repelled = distill(make(out=str(tmp_path / "repelled"), guidance_scale=1.0, repulsion=1e4))
 
     def cosine(out: Path) -> float:
-        rows = [steering.read_tensors(stored(out, i))["samples"].flatten(1) for i in (1, 2)]
+        rows = [read_tensors(stored(out, i))["samples"].flatten(1) for i in (1, 2)]
         return torch.nn.functional.cosine_similarity(*rows).mean().item()
 
     assert cosine(repelled) < cosine(plain)
