@@ -16,7 +16,7 @@ ORDER = [
     ["cli"],
     ["evaluation"],
     ["curriculum", "bench", "encoding"],
-    ["steering"],
+    ["steering", "estimate"],
     ["generator", "training", "report", "protocol", "output"],
     ["engine"],
     ["sampler", "denoiser"],
