@@ -149,12 +149,17 @@ def run_distill(args: argparse.Namespace) -> None:
     }
     evaluation = resolve(EvaluateConfig, settings)  # refused, if it must be, before the run
     from acs_fast.curriculum import distill  # deferred: --help starts without torch
+    from acs_fast.distributed import join
+    from acs_fast.session import Session
 
     if args.evaluate:
         from acs_fast.evaluation import check_test_images
 
         check_test_images(config)
-    out = distill(config, overwrite=args.overwrite)
+    with join(config.device) as ranks:
+        out = distill(config, overwrite=args.overwrite, session=Session(ranks))
+    if not ranks.leads:
+        return
     for name in ("images", "manifest.jsonl", "contact_sheet.png"):
         print(f"  {out / name}")
     if args.evaluate:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from acs_fast.augment import to_device
@@ -21,38 +23,41 @@ from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
+from acs_fast.images import IMAGES, Images
 from acs_fast.loader import resolve_loader
+from acs_fast.manifest import Manifest, Rows
+from acs_fast.models.checkpoint import read_config
+from acs_fast.networks import checkpoint_path, dtype_name, resolve_dtype
 from acs_fast.output import Output
-from acs_fast.plan import Item, available_memory, curriculum_batches, curriculum_ranges
+from acs_fast.plan import Item, Layout, available_memory, curriculum_ranges, cut
 from acs_fast.report import contact_sheet
+from acs_fast.resume import add_samples, find_missing, own_batches
+from acs_fast.samples import Samples
+from acs_fast.session import Session
 from acs_fast.steering import Steering
-from acs_fast.writer import (
-    RUN_CONFIG,
-    Manifest,
-    claim,
-    is_record,
-    lock,
-    read_json,
-    read_tensors,
-    write_atomic,
-)
+from acs_fast.writer import RUN_CONFIG, claim, is_record, lock, read_json, sweep, write_atomic
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 # settings whose `auto` is resolved by measurement or by the machine: a run that is continued keeps its own
 RESOLVED = ("dtype", "attention", "compile", "batch_size", "loader")
 
 
-def distill(config: DistillConfig, overwrite: bool = False) -> Path:
+def distill(config: DistillConfig, overwrite: bool = False, session: Session | None = None) -> Path:
     """Sample a distilled set by adversary-guided curriculum sampling; returns its run folder `config.out`.
 
-    Writes images/<class>/<index>.png, config.json, manifest.jsonl, contact_sheet.png and the state to
-    continue from (samples/, discriminators/). An interrupted run of the same configuration is continued and
-    ends with the same bytes; a folder of another configuration raises InputError unless `overwrite`.
+    Writes images/<class>/<index>.png (or what `format` says), config.json, manifest.jsonl,
+    contact_sheet.png and the state to continue from (discriminators/ and, until it ends, samples/). An
+    interrupted run of the same configuration is continued and ends with the same bytes; a folder of another
+    configuration raises InputError unless `overwrite`.
+
+    session: the ranks that share the run, its log and its stop; default: this process alone.
     """
-    out, run = Path(config.out), None
+    session = session or Session()
+    out, run, ranks = Path(config.out), None, session.ranks
     try:
-        run = Run(config, overwrite)
-        with lock(out):
+        run = Run(config, overwrite, session)
+        with contextlib.ExitStack() as stack:
+            ranks.lead(lambda: stack.enter_context(lock(out)))
             run.start()
             started = time.perf_counter()
             run.sample()
@@ -63,43 +68,75 @@ def distill(config: DistillConfig, overwrite: bool = False) -> Path:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the engine
         raise InputError(run.out_of_memory() if run else "the model does not fit into the memory") from error
-    waited = f", {run.waited:.1f} s of it waiting for files" if run.waited >= 0.1 else ""
-    if run.steering.real is not None and run.steering.real.waited >= 0.1:
-        waited += f", {run.steering.real.waited:.1f} s waiting for real images"
-    print(f"{out}: {run.total} images, {run.sampled} of them sampled now, in {seconds:.1f} s{waited}")
+    if ranks.leads:
+        print(run.summary(seconds))
     return out
 
 
 class Run:
     """One distillation: the model, the classes, the curricula and the folder it is written to."""
 
-    def __init__(self, config: DistillConfig, overwrite: bool = False):
-        self.out, self.overwrite = Path(config.out), overwrite
+    def __init__(self, config: DistillConfig, overwrite: bool = False, session: Session | None = None):
+        self.session = session or Session()
+        self.ranks, self.out, self.overwrite = self.session.ranks, Path(config.out), overwrite
         self.device = resolve_device(config.device)
-        given, config = config, config if overwrite else keep_resolved(config, self.out, self.device)
-        if config.real != DIGITS and config.guidance_scale > 0:  # else nothing is loaded
-            config = dataclasses.replace(config, loader=resolve_loader(config.loader))
+        given, config = config, self.ranks.lead(lambda: self._resolved(config))
         names = [name for name in ("attention", "compile") if getattr(given, name) != getattr(config, name)]
         self.kept = [f"--{name} {getattr(config, name)}" for name in names]
         self.generator = ImageGenerator(config, self.device)
         self.config = config = self.generator.config
-        known = self.generator.shape.classes or tuple(map(str, range(self.generator.shape.num_classes)))
+        shape = self.generator.shape
+        known = shape.classes or tuple(map(str, range(shape.num_classes)))
         self.classes, self.class_labels = select_classes(known, config.classes)
-        self.ranges = curriculum_ranges(config.ipc, config.num_curricula)
+        self.layout = Layout(len(self.classes), tuple(curriculum_ranges(config.ipc, config.num_curricula)))
         assert config.batch_size is not None
-        self.batches = [
-            curriculum_batches(len(self.classes), part, config.batch_size) for part in self.ranges
-        ]
-        self.bucket = max(len(batch) for batches in self.batches for batch in batches)  # the rest is padded
+        sizes = [self.layout.size(i) for i in range(1, config.num_curricula + 1)]
+        # the shape that batches are padded to hangs on no number of ranks: so do the bytes of the images
+        self.bucket = max(len(part) for size in sizes for part in cut(size, config.batch_size))
         self.waited = 0.0  # seconds that sampling stood still for decoding and writing
-        self.total, self.sampled = config.ipc * len(self.classes), 0
-        self.guided = config.guidance_scale > 0 and config.num_curricula > 1
-        self.steering = Steering(config, self.generator, self.classes, self.batches, self.guided, overwrite)
+        self.sampled = 0
+        self.samples = Samples(self.out, self.layout, (shape.in_channels, shape.input_size, shape.input_size))
+        self.images = Images(self.out, config.format)
+        self.steering = Steering(config, self.generator, self.classes, self.samples, self.session, overwrite)
+
+    def _resolved(self, config: DistillConfig) -> DistillConfig:
+        """What all ranks must agree on: the settings that a run in the folder has resolved, loader, dtype."""
+        if not self.overwrite:
+            config = keep_resolved(config, self.out, self.device)
+        if config.real != DIGITS and config.guidance_scale > 0:  # else nothing is loaded
+            config = dataclasses.replace(config, loader=resolve_loader(config.loader))
+        if self.ranks.num_ranks > 1 and config.dtype == "auto":
+            dtype = resolve_dtype("auto", self.device, read_config(checkpoint_path(config.model)))
+            config = dataclasses.replace(config, dtype=dtype_name(dtype))
+        return config
 
     def start(self) -> None:
         """Take the run folder, find what is missing in it, and print the plan."""
+        measured = self._choose()
+        stored = self.ranks.lead(self._claim)
+        record, missing, needed, files = self.ranks.lead(self._find_missing)
+        self.samples.files, self.needed = files, needed
+        self.missing: dict[int, np.ndarray] = missing
+        self.batches = {
+            curriculum: own_batches(numbers, self.ranks, self.bucket)
+            for curriculum, numbers in missing.items()
+        }
+        self.manifest = Manifest(self.out, self.images, self.ranks.rank)
+        left = sum(map(len, missing.values()))
+        self.session.event("start", num_ranks=self.ranks.num_ranks, missing=left, total=self.layout.total)
+        if left:
+            if self.ranks.leads:
+                warn_of_other_code(stored, record)
+                print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
+            self.steering.prepare()
+            self.generator.prepare(self.bucket, self.class_labels)
+        if self.ranks.leads:
+            print(self._plan(), flush=True)
+
+    def _choose(self) -> str:
+        """Let rank 0 measure what is measured, and every rank run as it found."""
         try:
-            measured = self.generator.choose(self.bucket)
+            measured = self.ranks.lead(lambda: self.generator.choose(self.bucket))
         except InputError as error:
             if not self.kept:
                 raise
@@ -107,29 +144,39 @@ class Run:
                 f"{self.out} was begun with {' '.join(self.kept)}, which does not go here ({error}); "
                 "continue it where it was begun or give another --out"
             ) from error
+        config = self.ranks.lead(lambda: self.generator.config)
+        if not self.ranks.leads:
+            self.generator.config = config
+            self.generator.choose(self.bucket)
         self.config = self.generator.config
-        if self.overwrite or not (self.out / RUN_CONFIG).is_file():  # refused before anything is written
+        return measured
+
+    def _claim(self) -> dict[str, Any]:
+        """The run's record, that of its start; what cannot run is refused before anything is written."""
+        if self.overwrite or not (self.out / RUN_CONFIG).is_file():
             self.generator.check_memory(self.bucket, len(self.classes))
-        record = {
+        self.record = {
             "config": dataclasses.asdict(with_absolute_paths(self.config)),
             "classes": list(self.classes),
             "class_labels": self.class_labels,
             **self.generator.record(),
             **describe(self.device),
         }
-        stored = claim(self.out, record, self.overwrite)
-        self.manifest = Manifest(self.out)
-        self.manifest.rewrite(self._keys())
-        self.missing = {
-            curriculum: [item for item in enumerate(batches) if not self._done(curriculum, *item)]
-            for curriculum, batches in enumerate(self.batches, start=1)
-        }
-        if any(self.missing.values()):
-            warn_of_other_code(stored, record)
-            print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
-            self.steering.prepare()
-            self.generator.prepare(self.bucket, self.class_labels)
-        print(self._plan(), flush=True)
+        return claim(self.out, self.record, self.overwrite)
+
+    def _find_missing(self) -> tuple[Any, dict[int, np.ndarray], dict[int, bool], dict[int, list[range]]]:
+        """The new record; by curriculum missing numbers, if samples are needed, their files."""
+        sweep(self.out)
+        rows = self._rows()
+        missing = find_missing(rows, self.images, self.layout)
+        rows.merge()
+        c, steering = self.config, self.steering
+        needed = add_samples(
+            missing, self.samples.scan(),
+            guided=steering.guided, keep=c.keep_latents, repulsion=c.repulsion > 0,
+            is_ready=steering.is_ready,
+        )  # fmt: skip
+        return self.record, missing, needed, self.samples.files
 
     def sample(self) -> None:
         """Bring every curriculum to its end; decoding and writing go on beside the next batch."""
@@ -141,26 +188,40 @@ class Run:
 
     def sample_curriculum(self, curriculum: int) -> None:
         """Bring curriculum 1..N to its end: train its discriminator if guided, sample what is missing."""
-        missing = self.missing[curriculum]
-        if not missing:
+        if not len(self.missing[curriculum]):
             return
-        guidance = self.steering.guidance(curriculum) if self.guided and curriculum > 1 else None
-        images = sum(len(batch) for _, batch in missing)
+        guided = self.steering.guided and curriculum > 1
+        guidance = self.steering.guidance(curriculum) if guided else None
+        batches, started = self.batches[curriculum], time.perf_counter()
+        images = sum(map(len, batches))
         title = f"curriculum {curriculum}/{self.config.num_curricula} sample"
-        with tqdm(total=images, desc=title, unit="image", disable=None, bar_format=BAR) as progress:
-            for number, batch in missing:
-                self._sample_batch(curriculum, number, batch, guidance, progress)
+        title += f" (rank 0 of {self.ranks.num_ranks})" if self.ranks.num_ranks > 1 else ""
+        quiet = None if self.ranks.leads else True
+        with tqdm(total=images, desc=title, unit="image", disable=quiet, bar_format=BAR) as progress:
+            for numbers in batches:
+                self.session.check()
+                self._sample_batch(curriculum, numbers, guidance, progress)
             self.output.flush()  # the next discriminator is trained on what lies on the disk
+        self.samples.add(curriculum, batches if self.needed[curriculum] else [], self.ranks)
+        seconds = round(time.perf_counter() - started, 3)
+        self.session.event("curriculum", number=curriculum, images=images, seconds=seconds)
 
     def finish(self) -> None:
-        """Put the manifest in order and draw the contact sheet."""
-        self.manifest.rewrite(self._keys())
-        sheet = contact_sheet(self.out / "images", self.classes, self.ranges)
-        write_atomic(self.out / "contact_sheet.png", sheet)
+        """Put the manifest in order, keep or remove the samples, draw the contact sheet last."""
+        self.ranks.barrier()
+        if self.config.keep_latents:
+            self.samples.keep(self.ranks)
+        if self.ranks.leads:
+            self._rows().merge()
+            if not self.config.keep_latents:
+                self.samples.remove()
+            sheet = contact_sheet(self.out / IMAGES, self.classes, self.layout.ranges)
+            write_atomic(self.out / "contact_sheet.png", sheet)
 
     def _sample_batch(
-        self, curriculum: int, number: int, batch: list[Item], guidance: Guidance | None, progress: tqdm[Any]
+        self, curriculum: int, numbers: range, guidance: Guidance | None, progress: tqdm[Any]
     ) -> None:
+        started, batch = time.perf_counter(), [self.layout.item(curriculum, number) for number in numbers]
         positions = torch.tensor([item.position for item in batch])
         # the discriminator knows positions in the run's list, the denoiser the labels it was trained with
         labels = torch.tensor(self.class_labels)[positions]
@@ -168,10 +229,12 @@ class Run:
         x = torch.empty(0)
         for x in self.generator.denoise(*inputs, guidance):  # noqa: B007 (the last one is the sample)
             progress.update(len(batch) / self.generator.yields)
-        samples = x.detach().clone()
+        # padded as the engine's batch is: so no byte hangs on how many images came along
+        samples = torch.zeros(self.bucket, *x.shape[1:], dtype=x.dtype, device=x.device)
+        samples[: len(batch)] = x.detach()
         scores = None
         if guidance is not None:
-            targets = to_device(positions, self.device)
+            targets = to_device(F.pad(positions, [0, self.bucket - len(batch)]), self.device)
             scores = self.steering.score(guidance.discriminator, samples, targets)
         rows = [
             {
@@ -183,8 +246,32 @@ class Run:
             for item in batch
         ]
         locate = partial(self.generator.first_non_finite, *inputs, guidance)
-        self.output.submit(samples, self.steering.samples_path(curriculum, number), rows, scores, locate)
+        path = self.samples.path(curriculum, numbers) if self.needed[curriculum] else None
+        self.output.submit(samples, path, rows, scores, locate)
         self.sampled += len(batch)
+        seconds = round(time.perf_counter() - started, 3)
+        self.session.event("batch", curriculum=curriculum, images=len(batch), seconds=seconds)
+
+    def _rows(self) -> Rows:
+        """The rows that lie in the folder, by the images' numbers."""
+        positions = {name: position for position, name in enumerate(self.classes)}
+
+        def order(name: str, index: int) -> int | None:
+            known = name in positions and 0 <= index < self.config.ipc
+            return self.layout.number(Item(positions[name], index)) if known else None
+
+        return Rows(self.out, order, self.layout.total)
+
+    def summary(self, seconds: float) -> str:
+        """What is said at the end."""
+        real = self.steering.real
+        waited = f", {self.waited:.1f} s of it waiting for files" if self.waited >= 0.1 else ""
+        if real is not None and real.waited >= 0.1:
+            waited += f", {real.waited:.1f} s waiting for real images"
+        now = sum(map(len, self.missing.values()))
+        return (
+            f"{self.out}: {self.layout.total} images, {now} of them sampled now, in {seconds:.1f} s{waited}"
+        )
 
     def out_of_memory(self) -> str:
         """The sentence for a run that the memory cannot hold, with the batch size that would fit."""
@@ -196,46 +283,17 @@ class Run:
         )
 
     def _plan(self) -> str:
-        c, calls = self.config, sum(map(len, self.batches)) * self.config.num_sampling_steps
+        c, batches = self.config, sum(-(-len(numbers) // self.bucket) for numbers in self.missing.values())
         guidance = "none"
-        if self.guided:
+        if self.steering.guided:
             guidance = (
                 f"{c.objective}, {c.guidance_scale:g} x {c.trust_radius}, jacobian {c.jacobian}, "
                 f"t/T {c.guidance_window[0]:g} to {c.guidance_window[1]:g}"
             )
-        images = f"{self.total} images ({len(self.classes)} classes x {c.ipc}) in {c.num_curricula} curricula"
+        images = f"{self.layout.total} images ({len(self.classes)} classes x {c.ipc})"
         steps = f"{c.sampler} with {c.num_sampling_steps} steps, CFG {c.cfg_scale:g}, guidance: {guidance}"
-        work = f"{calls} denoiser calls on {self.device}, about {self._estimate_seconds():.0f} s"
-        return f"plan: {images}\n      {steps}\n      {work}"
-
-    def _estimate_seconds(self) -> float:
-        """Seconds for what is missing: one denoiser call and one classifier step are timed and multiplied."""
-        c, calls = self.config, sum(map(len, self.missing.values())) * self.config.num_sampling_steps
-        if not calls:
-            return 0.0
-        sampling = calls * self.generator.seconds_per_step(self.bucket, self.class_labels[0])
-        trained = sum(bool(batches) for curriculum, batches in self.missing.items() if curriculum > 1)
-        if not self.guided or not trained:
-            return sampling
-        channels, size = self.generator.seen_shape()
-        network = self.steering.classifiers.build("estimate")
-        batch = torch.zeros(c.discriminator_batch_size, channels, size, size, device=self.device)
-        steps = trained * c.discriminator_steps + (c.real_steps if c.objective == "learnability" else 0)
-        window = c.guidance_window[1] - c.guidance_window[0]
-        overhead = 1.0 + window * (3.0 if c.jacobian == "full" else 0.3)
-        return sampling * overhead + steps * time_call(lambda: network(batch).sum().backward(), self.device)
-
-    def _done(self, curriculum: int, number: int, batch: list[Item]) -> bool:
-        stored = read_tensors(self.steering.samples_path(curriculum, number))
-        whole = stored is not None and len(stored["samples"]) == len(batch)
-        return whole and self.manifest.holds([self._key(item) for item in batch])
-
-    def _keys(self) -> list[tuple[str, int]]:
-        """Every (class, index) in the order of the manifest."""
-        return [self._key(item) for batches in self.batches for batch in batches for item in batch]
-
-    def _key(self, item: Item) -> tuple[str, int]:
-        return self.classes[item.position], item.index
+        work = f"{batches * c.num_sampling_steps} denoiser calls on {self.device}"
+        return f"plan: {images} in {c.num_curricula} curricula\n      {steps}\n      {work}"
 
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:
@@ -271,14 +329,3 @@ def warn_of_other_code(stored: dict[str, Any], record: dict[str, Any]) -> None:
             "what is sampled now may differ in rounding",
             file=sys.stderr,
         )
-
-
-def time_call(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of the second of two calls."""
-    started = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from tqdm import tqdm
 
 from acs_fast import graph
 from acs_fast.config import DistillConfig, InputError
+from acs_fast.distributed import Ranks
 from acs_fast.feeds import Examples, permuted
 from acs_fast.models.classifier import build_classifier
+from acs_fast.session import Session
 from acs_fast.writer import read_tensors, write_tensors
 
 WEIGHT_DECAY = 0.01
@@ -36,8 +39,12 @@ class Classifiers:
         num_classes: int,
         device: torch.device,
         folder: Path,
+        session: Session | None = None,
     ):
         self.config, self.device, self.folder = config, device, folder
+        self.session = session or Session()
+        self.ranks = self.session.ranks
+        self.learners = Ranks() if config.deterministic else self.ranks  # those that share a training
         self.shape = (in_channels, num_classes, size)
         self.trainer: Trainer | None = None  # made by the first training, kept: its step is captured once
         self.build("check")  # a network that does not fit is refused before anything is written
@@ -59,20 +66,23 @@ class Classifiers:
     ) -> nn.Module:
         """The trained classifier: from the folder, or trained now (a bar shows it) and put there.
 
-        feed: makes the endless batches to train on, from a seed. previous: makes the classifier from whose
-        weights to start, instead of new ones. Neither is called for a classifier that is in the folder.
+        feed: makes the endless batches to train on, from a seed: this rank's part of each, and with
+        `deterministic` whole ones, of which rank 0 alone makes use. previous: makes the classifier from
+        whose weights to start, instead of new ones. Neither is called for one that is in the folder.
         """
         network = self.build(name)
-        state = read_tensors(self._path(name))
-        if state is not None:
-            network.load_state_dict(state)
-        else:
-            initial = (network if previous is None else previous()).state_dict()
-            network.load_state_dict(self._train(name, title, initial, feed, steps))
-            write_tensors(self._path(name), network.state_dict())
+        state = self.ranks.lead(lambda: read_tensors(self._path(name)))
+        if state is None:
+            initial, started = (network if previous is None else previous()).state_dict(), time.perf_counter()
+            state = self._train_together(name, title, initial, feed, steps)
+            if self.ranks.leads:
+                write_tensors(self._path(name), state)
+            seconds = round(time.perf_counter() - started, 3)
+            self.session.event("discriminator", name=name, seconds=seconds)
+        network.load_state_dict(state)
         return network.eval().requires_grad_(False)
 
-    def _train(
+    def _train_together(
         self,
         name: str,
         title: str,
@@ -80,13 +90,30 @@ class Classifiers:
         feed: Callable[[int], Generator[Examples]],
         steps: int,
     ) -> dict[str, Any]:
+        """The weights, on the CPU: trained on every rank's part of the batches, or on rank 0 alone."""
+        batches = feed(self._seed(name))  # collects the samples of all ranks
+
+        def train() -> dict[str, Any]:
+            return {key: value.cpu() for key, value in self._train(title, initial, batches, steps).items()}
+
+        if self.learners.num_ranks == 1:
+            state = self.ranks.lead(train)
+            batches.close()
+            return state
+        own = train()
+        return self.ranks.lead(lambda: own)  # equal on all of them but for surprises
+
+    def _train(
+        self, title: str, initial: dict[str, Any], batches: Generator[Examples], steps: int
+    ) -> dict[str, Any]:
         """The weights that training from `initial` ends with; InputError if they are not finite."""
         c = self.config
-        self.trainer = self.trainer or Trainer(self.build(name))
-        batches = feed(self._seed(name))
+        self.trainer = self.trainer or Trainer(self.build("trainer"), ranks=self.learners)
         losses = self.trainer.learn(initial, batches, steps=steps, lr=c.discriminator_lr)
-        with tqdm(losses, total=steps, desc=title, unit="step", disable=None) as progress:
+        quiet = None if self.ranks.leads else True
+        with tqdm(losses, total=steps, desc=title, unit="step", disable=quiet) as progress:
             for step, loss in enumerate(progress, start=1):
+                self.session.check()
                 if step % SHOWN_EVERY == 0 or step == steps:
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         batches.close()  # ends the threads that read ahead
@@ -133,8 +160,9 @@ class Trainer:
     discriminator is copied into it.
     """
 
-    def __init__(self, network: nn.Module, capture: bool | None = None):
-        """capture: whether the step is captured; default: on a GPU."""
+    def __init__(self, network: nn.Module, capture: bool | None = None, ranks: Ranks | None = None):
+        """capture: whether the step is captured; default: on a GPU. ranks: those that share each batch."""
+        self.ranks = ranks or Ranks()
         self.network = network.train().requires_grad_(True)
         self.device = next(network.parameters()).device
         self.capture = self.device.type == "cuda" if capture is None else capture
@@ -143,7 +171,7 @@ class Trainer:
         if self.capture:  # a graph reads the rate when it is replayed, so that it must lie on the device
             options = {"lr": torch.zeros((), device=self.device), "capturable": True, "fused": True}
         self.optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY, **options)
-        self.buckets: dict[tuple[torch.Size, bool], Bucket] = {}
+        self.buckets: dict[tuple[torch.Size, bool, int | None], Bucket] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def fit(
@@ -190,13 +218,15 @@ class Trainer:
             yield self.loss.clone()
 
     def _bucket(self, examples: Examples) -> Bucket:
-        key = (examples.images.shape, examples.real is not None)
+        total = examples.total if self.ranks.num_ranks > 1 else None
+        key = (examples.images.shape, examples.real is not None, total)
         if key not in self.buckets:
             batch = torch.zeros(examples.images.shape, device=self.device)
             labels = torch.zeros(len(batch), dtype=torch.long, device=self.device)
             real = None if examples.real is None else torch.zeros(len(batch), device=self.device)
             step: Callable[[], None]
-            step = partial(_train_step, self.network, batch, labels, real, self.optimizer, self.loss)
+            loss = partial(_loss, self.network, batch, labels, real, total)
+            step = partial(_train_step, loss, self.optimizer, self.loss, self.ranks)
             if self.capture:
                 step = self._captured(step)
             self.buckets[key] = Bucket(batch, labels, real, step)
@@ -231,23 +261,28 @@ class Trainer:
                 values.zero_()
 
 
-def _train_step(
-    network: nn.Module,
-    batch: Tensor,
-    labels: Tensor,
-    real: Tensor | None,
-    optimizer: torch.optim.Optimizer,
-    loss_out: Tensor,
-) -> None:
-    """One AdamW step: what is run eagerly on a CPU and captured on a GPU."""
+def _loss(
+    network: nn.Module, batch: Tensor, labels: Tensor, real: Tensor | None, total: int | None
+) -> Tensor:
+    """The mean loss of a batch; of a part of it, of `total` images, what the part adds to that."""
+    if total is not None:
+        return losses(network(batch), labels, real).sum() / total
     if real is None:
-        loss = F.cross_entropy(network(batch), labels)
-    else:
-        loss = losses(network(batch), labels, real).mean()
+        return F.cross_entropy(network(batch), labels)
+    return losses(network(batch), labels, real).mean()
+
+
+def _train_step(
+    part: Callable[[], Tensor], optimizer: torch.optim.Optimizer, loss_out: Tensor, ranks: Ranks
+) -> None:
+    """One AdamW step: what is run eagerly on a CPU and captured on a GPU, the all-reduce included."""
+    loss = part()
     optimizer.zero_grad()  # to None: a captured backward pass then makes the gradients in the graph's memory
     loss.backward()
-    optimizer.step()
     loss_out.copy_(loss.detach())
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    ranks.add([*gradients, loss_out])
+    optimizer.step()
 
 
 def losses(logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:

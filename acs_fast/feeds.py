@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from acs_fast.augment import random_resized_crop, shift_and_flip, to_device
+from acs_fast.distributed import Ranks
 from acs_fast.latents import LatentCache
 from acs_fast.loader import Balanced
 
@@ -22,11 +23,15 @@ DEPTH = 4  # batches that are read ahead
 
 
 class Examples(NamedTuple):
-    """A batch: images [n, C, H, W], labels int64 [n]; `real` [n], 1 for real and 0 for sampled images."""
+    """A batch: images [n, C, H, W], labels int64 [n]; `real` [n], 1 for real and 0 for sampled images.
+
+    total: the images of the batch on all ranks, where each has a part of it; None for a whole batch.
+    """
 
     images: Tensor
     labels: Tensor
     real: Tensor | None = None
+    total: int | None = None
 
 
 def permuted(
@@ -71,6 +76,15 @@ def from_cache(cache: LatentCache, *, batch_size: int, mirror: bool, seed: int) 
         yield Examples(latents, cache.labels[picked])
 
 
+def shared(batches: Generator[Examples], ranks: Ranks) -> Generator[Examples]:
+    """This rank's part of each batch: all ranks draw the same ones, so that their number changes none."""
+    with closing(batches):
+        for images, labels, _, _ in batches:
+            own = ranks.share(len(labels))
+            rows = slice(own.start, own.stop)
+            yield Examples(images[rows], labels[rows], total=len(labels))
+
+
 def mixed(sampled: Generator[Examples], real: Generator[Examples]) -> Generator[Examples]:
     """A batch of each, together: what the real-against-sampled discriminator is trained on."""
     with closing(sampled), closing(real):
@@ -82,7 +96,8 @@ def _together(one: Examples, other: Examples) -> Examples:
     images = torch.cat((one.images, other.images))
     real = torch.zeros(len(images), device=images.device)
     real[len(one.images) :] = 1.0
-    return Examples(images, torch.cat((one.labels, other.labels)), real)
+    total = one.total + other.total if one.total and other.total else None
+    return Examples(images, torch.cat((one.labels, other.labels)), real, total)
 
 
 class Ahead:

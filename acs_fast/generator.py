@@ -18,7 +18,7 @@ from acs_fast.config import DistillConfig, InputError
 from acs_fast.engine import StepEngine, table_bytes, table_slots
 from acs_fast.guidance import Guidance
 from acs_fast.models.checkpoint import digest
-from acs_fast.networks import DTYPES, LARGE, Networks, load_networks, samples_pixels
+from acs_fast.networks import LARGE, Networks, dtype_name, load_networks, samples_pixels
 from acs_fast.ops import parse_choice, select
 from acs_fast.plan import available_memory, bytes_per_image
 from acs_fast.sampler import denoise
@@ -50,7 +50,7 @@ class ImageGenerator:
         large = self.shape.hidden_size >= LARGE
         self.config = dataclasses.replace(
             config,
-            dtype=next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
+            dtype=dtype_name(self.dtype),
             batch_size=config.batch_size or (BATCH_SIZES[device.type] if large else SMALL_BATCH_SIZE),
         )
         self.engine: StepEngine | None = None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from acs_fast.discriminator import score
-from acs_fast.writer import CURRICULA, Manifest, read_json
+from acs_fast.manifest import read_rows
+from acs_fast.writer import CURRICULA, read_json
 
 
 def judge(
@@ -65,7 +66,7 @@ def by_curriculum(out: Path) -> list[dict[str, Any]]:
     that it steered; `after`: f_i+1, trained on them too, on the same (None for the last curriculum). The fall
     of the loss from `before` to `after` is the loss spike of the curriculum. Empty without guidance.
     """
-    curricula, rows = read_curricula(out), list(Manifest(out).rows.values())
+    curricula, rows = read_curricula(out), list(read_rows(out).values())
     table = []
     for number in sorted({row["curriculum"] for row in rows} if curricula else ()):
         own = [row for row in rows if row["curriculum"] == number and row["discriminator_loss"] is not None]

@@ -1,7 +1,7 @@
 """The manifest: a row an image, written by every process for itself and merged in the images' order.
 
 `manifest.jsonl` holds the merged rows; a process appends to `manifest.<rank>.jsonl`, a batch in one write,
-once the batch's images are on disk. A row that a kill cut short is no row. Of an image's rows the last counts.
+once the batch's images are on disk. A row that a kill cut short is none. Of an image's rows the last counts.
 """
 
 from __future__ import annotations

@@ -87,6 +87,11 @@ def check(config: DistillConfig, shape: DiTConfig) -> None:
         )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The value of `--dtype` that means a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def samples_pixels(shape: DiTConfig) -> bool:
     """Whether the model's samples are images in [-1, 1], not latents of a VAE."""
     return shape.in_channels in (1, 3)

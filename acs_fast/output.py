@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from acs_fast.config import InputError
+from acs_fast.manifest import Manifest
 from acs_fast.ops import Op
-from acs_fast.writer import Manifest, encode_png, write_tensors
+from acs_fast.writer import write_tensors
 
 Scores = tuple[Tensor, Tensor]  # correct bool [n], loss fp32 [n]
 Locate = Callable[[], tuple[int, int] | None]
@@ -31,7 +32,7 @@ class Batch:
     finite: Tensor  # bool [2, n]: the sample, the decoded image
     scores: Scores | None
     ready: torch.cuda.Event | None
-    samples_path: Path
+    samples_path: Path | None  # None: the samples are not needed any more
     rows: list[dict[str, Any]]
     locate: Locate | None
 
@@ -78,18 +79,19 @@ class Output:
     def submit(
         self,
         samples: Tensor,
-        samples_path: Path,
+        samples_path: Path | None,
         rows: list[dict[str, Any]],
         scores: Scores | None = None,
         locate: Locate | None = None,
     ) -> None:
         """Take over a batch; returns before it is written, and blocks while `depth` batches are in flight.
 
-        samples: fp32 [n, C, h, w] on the device, from now on Output's. rows: class, index, curriculum and
-        what else the manifest is to say of each sample; scores fill `discriminator_correct` and
-        `discriminator_loss`. locate: runs the batch again and returns (row, step) where it first was not
-        finite, or None; called by a later submit or flush, if at all. Raises the first error of an earlier
-        batch, once (InputError where one was not finite), and RuntimeError after that.
+        samples: fp32 [m, C, h, w] on the device, from now on Output's. rows: class, index, curriculum and
+        what else the manifest is to say of each of the first n samples (the others are padding); scores fill
+        `discriminator_correct` and `discriminator_loss`. samples_path: None where samples are not kept.
+        locate: runs the batch again and returns (row, step) where it first was not finite, or None; called
+        by a later submit or flush, if at all. Raises the first error of an earlier batch, once (InputError
+        where one was not finite), and RuntimeError after that.
         """
         self._raise_error()
         if len(self._in_flight) >= self.depth:
@@ -100,7 +102,7 @@ class Output:
         if self._failed:
             self.flush()  # raises the error, unless that was done
             raise RuntimeError("an earlier batch failed, so this one would not be written")
-        batch = Batch(*self._start(samples, scores), samples_path, rows, locate)
+        batch = Batch(*self._start(samples, scores, len(rows)), samples_path, rows, locate)
         self._in_flight.append(self._writer.submit(self._write, batch))
 
     def flush(self) -> None:
@@ -124,16 +126,17 @@ class Output:
             self._encoders.shutdown()
 
     def _start(
-        self, samples: Tensor, scores: Scores | None
+        self, samples: Tensor, scores: Scores | None, count: int
     ) -> tuple[Tensor, Tensor, Tensor, Scores | None, torch.cuda.Event | None]:
         """Decode and copy to the host: on CUDA only enqueued, and there when the returned event has come."""
+        scores = None if scores is None else (scores[0][:count], scores[1][:count])
         if self.stream is None:
-            return (*self._decode(samples), scores, None)
+            return (*self._decode(samples, count), scores, None)
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             for tensor in (samples, *(scores or ())):
                 tensor.record_stream(self.stream)  # Python may free it before this stream has read it
-            kept, images, finite = (to_host(tensor) for tensor in self._decode(samples))
+            kept, images, finite = (to_host(tensor) for tensor in self._decode(samples, count))
             if scores is not None:
                 scores = to_host(scores[0]), to_host(scores[1])
             ready = torch.cuda.Event(blocking=True)  # the thread that waits sleeps
@@ -141,10 +144,10 @@ class Output:
         return kept, images, finite, scores, ready
 
     @torch.no_grad()
-    def _decode(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples, images as bytes [n, H, W, C], and which of both are finite [2, n]."""
-        samples = samples.contiguous()
-        images = samples if self.decode is None else self.decode(samples).contiguous()
+    def _decode(self, samples: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first samples, images as bytes [n, H, W, C], and which of both are finite [2, n]."""
+        images = samples if self.decode is None else self.decode(samples)
+        samples, images = samples[:count].contiguous(), images[:count].contiguous()
         finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in (samples, images)]
         return samples, self.to_uint8(images), torch.stack(finite)
 
@@ -157,8 +160,9 @@ class Output:
                 batch.ready.synchronize()
             if not batch.finite.all():
                 raise NotFinite(batch)
-            encoded = self._encoders.map(encode_png, batch.images)
-            write_tensors(batch.samples_path, {"samples": batch.samples})
+            encoded = self._encoders.map(self.manifest.images.encode, batch.images)
+            if batch.samples_path is not None:
+                write_tensors(batch.samples_path, {"samples": batch.samples})
             none: list[None] = [None] * len(batch.rows)
             correct, loss = (values.tolist() for values in batch.scores) if batch.scores else (none, none)
             for row, right, value in zip(batch.rows, correct, loss, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from acs_fast.augment import to_device
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.data import DIGITS, ImageSet, load_images, to_model_range
-from acs_fast.feeds import Ahead, Examples, from_cache, permuted
+from acs_fast.distributed import Ranks
+from acs_fast.feeds import Ahead, Examples, from_cache, permuted, shared
 from acs_fast.latents import LatentCache, write_cache
 from acs_fast.listing import Listing, list_images
 from acs_fast.loader import ordered, resolve_loader, stream
@@ -30,10 +32,16 @@ class RealImages:
     """
 
     def __init__(
-        self, config: DistillConfig, classes: tuple[str, ...], channels: int, size: int, device: torch.device
+        self,
+        config: DistillConfig,
+        classes: tuple[str, ...],
+        channels: int,
+        size: int,
+        device: torch.device,
+        ranks: Ranks,
     ):
         """channels, size: of the images; of their decode where the discriminator sees latents."""
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         self.channels, self.size = channels, size
         self.waited = 0.0
         self.mirror = config.real != DIGITS  # a mirrored digit is none
@@ -45,7 +53,7 @@ class RealImages:
             self.digits = load_images(DIGITS, "train", classes, size, channels)
         else:
             self.loader = resolve_loader(config.loader)
-            self.listing = list_images(config.real, "train", classes)
+            self.listing = ranks.lead(lambda: list_images(config.real, "train", classes))
 
     def summary(self) -> str:
         """What was left out or converted of the source; empty if nothing."""
@@ -55,29 +63,38 @@ class RealImages:
         """Where the discriminator sees latents (`vae` is given), make or open their cache in `folder`."""
         if vae is None or self.listing is None:
             return
-        self.cache = write_cache(folder, self.listing, vae, self.size, loader=self.loader, batch_size=16)
+        settings: dict[str, Any] = {"loader": self.loader, "batch_size": 16}
+        settings |= {"rank": self.ranks.rank, "num_ranks": self.ranks.num_ranks}
+        self.cache = write_cache(folder, self.listing, vae, self.size, **settings)
+        self.ranks.barrier()
+        if self.cache is None:  # another rank had not ended
+            self.cache = write_cache(folder, self.listing, vae, self.size, **settings)
         if self.cache is None:
             raise InputError(f"latent cache {folder} is unfinished; let the ranks that encode it end")
 
-    def batches(self, seed: int, batch_size: int) -> Generator[Examples]:
-        """Augmented training batches without end, class by class in equal numbers (digits: as they come)."""
+    def batches(self, seed: int, batch_size: int, ranks: Ranks) -> Generator[Examples]:
+        """Augmented training batches without end, class by class in equal numbers (digits: as they come).
+
+        ranks: those that share each batch.
+        """
         if self.digits is not None:
             images = to_model_range(self.digits.images).to(self.device)
-            yield from permuted(
+            batches = permuted(
                 images, self.digits.labels,
                 batch_size=batch_size, mirror=False, seed=seed, device=self.device,
             )  # fmt: skip
+            yield from shared(batches, ranks)
         elif self.cache is not None:
-            yield from self._ahead(
-                from_cache(self.cache, batch_size=batch_size, mirror=self.mirror, seed=seed)
-            )
+            latents = from_cache(self.cache, batch_size=batch_size, mirror=self.mirror, seed=seed)
+            yield from self._ahead(shared(latents, ranks))
         else:
             assert self.listing is not None
-            batches = stream(
+            decoded = stream(
                 self.listing, size=self.size, channels=self.channels, batch_size=batch_size,
                 loader=self.loader, device=self.device, seed=seed, mirror=self.mirror,
+                rank=ranks.rank, num_ranks=ranks.num_ranks,
             )  # fmt: skip
-            yield from self._ahead(Examples(batch.images, batch.labels) for batch in batches)
+            yield from self._ahead(Examples(b.images, b.labels, total=batch_size) for b in decoded)
 
     def judged(self) -> tuple[Tensor, Tensor]:
         """Up to `JUDGED` images of each class, unaugmented, with their labels; kept on the host."""
@@ -105,7 +122,8 @@ class RealImages:
         """The batches, read by a thread of their own, on the device."""
         with closing(Ahead(batches)) as feed:
             try:
-                for images, labels, _ in feed:
-                    yield Examples(to_device(images, self.device), to_device(labels, self.device))
+                for images, labels, _, total in feed:
+                    images, labels = to_device(images, self.device), to_device(labels, self.device)
+                    yield Examples(images, labels, total=total)
             finally:
                 self.waited += feed.waited

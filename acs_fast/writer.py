@@ -38,7 +38,8 @@ LOCK = ".lock"
 TEMPORARY = ".tmp"  # suffix of what is being written
 # settings a run may be continued with other values of: they change nothing, or what they lead to is compared
 FREE = (
-    "out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae", "cache", "keep_latents", "log_json",
+    "out", "preset", "backend", "device", "model", "classes", "vae", "tiny_vae", "cache", "keep_latents",
+    "log_json",
 )  # fmt: skip
 DIGESTS = ("model_sha256", "vae_sha256", "seen_by_sha256")
 

@@ -50,6 +50,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     started, seed, record = time.perf_counter(), cell["seed"], {}
     source = {"real": cell["real"], "model": cell["model"]}
     test = load_images(cell["real"], "val", None, cell["size"])
+    test = test.first(cell["test"]) if cell["test"] else test
     if cell["method"] == RANDOM:
         train = load_images(cell["real"], "train", None, cell["size"]).random(cell["ipc"], seed)
     else:
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="edge of the images, where it is not the files' own")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--test", type=int, help="test on the first so many images of each class")
     parser.add_argument("--real-steps", type=int, help="of the objectives with real images")
     args = parser.parse_args()
     if args.name == "table":
@@ -105,7 +107,7 @@ def main() -> None:
             "common": {"real_steps": args.real_steps} if args.real_steps else {},
             "ipc": args.ipc,
             "seed": seed,
-            **{name: getattr(args, name) for name in ("real", "model", "size", "epochs")},
+            **{name: getattr(args, name) for name in ("real", "model", "size", "epochs", "test")},
         }
         for seed in SEEDS
         for method, settings in METHODS.items()

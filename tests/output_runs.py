@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from pathlib import Path
@@ -11,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from acs_fast import data, writer
+from acs_fast.images import Images
 from acs_fast.kernels import reference
+from acs_fast.manifest import Manifest, read_rows
 from acs_fast.output import Output
-from acs_fast.writer import Manifest, write_atomic, write_tensors
+from acs_fast.writer import write_atomic, write_tensors
 from tests.runs import contents
 
 CPU = torch.device("cpu")
@@ -92,6 +95,17 @@ def write_inline(out: Path, batches: list[Tensor], decoder, scored: bool) -> Non
             for row, a, b in zip(rows_of(number, len(samples)), right, loss, strict=True)
         ]
         manifest.append([inline_png(image) for image in images], rows)
+
+
+def holds(out: Path, number: int) -> bool:
+    """Whether the images of batch `number` have rows and are the ones written then."""
+    rows, images = read_rows(out), Images(out)
+    keys = [(f"c{row}", number) for row in range(3)]
+    files = [images.read(key) for key in keys]
+    return all(
+        key in rows and data is not None and hashlib.sha256(data).hexdigest() == rows[key]["sha256"]
+        for key, data in zip(keys, files, strict=True)
+    )
 
 
 class Gate:

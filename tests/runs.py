@@ -8,8 +8,9 @@ from acs_fast.cli import main
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a run folder but its lock, by relative path."""
+    """Every file of a run folder but its lock and its logs, by relative path."""
     files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    files = (path for path in files if path.parent.name != "logs")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from acs_fast import InputError, output, writer
+from acs_fast import InputError, images, output, writer
+from acs_fast.images import Images
+from acs_fast.manifest import Manifest, read_rows
 from acs_fast.output import Output
-from acs_fast.writer import Manifest, read_tensors, write_atomic
+from acs_fast.writer import read_tensors, write_atomic
 from tests.output_runs import (
     CPU,
     Gate,
@@ -63,26 +65,27 @@ def test_bytes_are_those_of_the_inline_way(tmp_path, device, channels, decoder, 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_encoded_pixels_are_the_bytes_that_went_in(channels: int, mode: str) -> None:
     image = torch.randint(0, 256, (5, 9, channels), dtype=torch.uint8)
-    encoded = writer.encode_png(image)
+    encoded = Images(Path("run")).encode(image)
     assert encoded == inline_png(image.permute(2, 0, 1))
     with Image.open(io.BytesIO(encoded)) as read:
         assert read.mode == mode and read.size == (9, 5) and read.tobytes() == bytes(image.flatten().tolist())
 
 
 def test_order_is_that_of_submission_however_long_an_image_takes(tmp_path, monkeypatch, whole) -> None:
-    delays, real = iter([0.3, 0.0, 0.1, *[0.0] * 9]), writer.encode_png
+    delays, real = iter([0.3, 0.0, 0.1, *[0.0] * 9]), Images.encode
     written: list[str] = []
 
-    def slow(image: Tensor) -> bytes:
+    def slow(self: Images, image: Tensor) -> bytes:
         time.sleep(next(delays))
-        return real(image)
+        return real(self, image)
 
     def listed(path: Path, data: bytes) -> None:
         written.append(f"{path.parent.name}/{path.name}")
         write_atomic(path, data)
 
-    monkeypatch.setattr(output, "encode_png", slow)
+    monkeypatch.setattr(Images, "encode", slow)
     monkeypatch.setattr(writer, "write_atomic", listed)
+    monkeypatch.setattr(images, "write_atomic", listed)
     with make(tmp_path / "run", workers=3, depth=4) as o:
         for number in range(4):
             put(o, number)
@@ -96,11 +99,11 @@ def test_order_is_that_of_submission_however_long_an_image_takes(tmp_path, monke
 
 def test_images_of_a_batch_are_encoded_at_once(tmp_path, monkeypatch) -> None:
     barrier = threading.Barrier(2, timeout=20)  # passed by two threads together, or broken
-    real = writer.encode_png
-    monkeypatch.setattr(output, "encode_png", lambda image: (barrier.wait(), real(image))[1])
+    real = Images.encode
+    monkeypatch.setattr(Images, "encode", lambda self, image: (barrier.wait(), real(self, image))[1])
     with make(tmp_path / "run", workers=2) as o:
         put(o, 0, samples_of(0, 4))
-    assert len(o.manifest.rows) == 4
+    assert len(read_rows(o.manifest.out)) == 4
 
 
 def test_decoding_takes_no_gradient(tmp_path) -> None:
@@ -185,7 +188,7 @@ def test_memory_is_bounded_by_the_depth(tmp_path) -> None:
         while len(alive) and time.monotonic() < deadline:  # the thread lets go of the last one a moment later
             time.sleep(0.01)
         assert len(alive) == 0
-    assert len(o.manifest.rows) == 150
+    assert len(read_rows(o.manifest.out)) == 150
     assert 0 < most <= 2 * 3  # samples and bytes of two in flight and of one just written
 
 

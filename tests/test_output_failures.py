@@ -11,8 +11,9 @@ import pytest
 from torch import Tensor
 
 from acs_fast import InputError, output, writer
-from acs_fast.writer import Manifest, write_atomic
-from tests.output_runs import Gate, bad, decode, make, put, samples_of, whole_files
+from acs_fast.manifest import read_rows
+from acs_fast.writer import write_atomic
+from tests.output_runs import Gate, bad, decode, holds, make, put, samples_of, whole_files
 from tests.runs import contents
 
 
@@ -40,7 +41,7 @@ def test_an_exception_is_kept_where_the_writer_fails_too(tmp_path, monkeypatch) 
     with pytest.raises(KeyboardInterrupt), make(tmp_path / "run") as o:
         put(o, 0)
         raise KeyboardInterrupt
-    assert not Manifest(tmp_path / "run").rows
+    assert not read_rows(tmp_path / "run")
 
 
 def test_interrupted_while_it_finishes_it_ends_with_the_batch_at_hand(tmp_path, monkeypatch, whole) -> None:
@@ -57,9 +58,9 @@ def test_interrupted_while_it_finishes_it_ends_with_the_batch_at_hand(tmp_path, 
         assert gate.reached.wait(20)
         raise KeyboardInterrupt("once")
     kept = contents(tmp_path / "run")
-    assert whole["manifest.jsonl"].startswith(kept.pop("manifest.jsonl"))
+    assert whole["manifest.0.jsonl"].startswith(kept.pop("manifest.0.jsonl"))
     assert len(kept) == 4 and kept.items() <= whole.items()
-    assert len(o.manifest.rows) == 3
+    assert len(read_rows(o.manifest.out)) == 3
 
 
 class Killed(BaseException):
@@ -99,18 +100,16 @@ def test_a_failed_write_stops_the_run_which_goes_on_later(
         assert str(out) in raised.value.filename  # write_atomic names the file
     files, done = contents(out), (number - 1) // 5
     assert submitted > done
-    manifest = Manifest(out)
     for i in range(4):
-        keys = [(f"c{row}", i) for row in range(3)]
-        assert manifest.holds(keys) == (i < done or (i == done and number % 5 == 0))  # unsynced, but there
+        assert holds(out, i) == (i < done or (i == done and number % 5 == 0))  # unsynced, but there
         assert (f"samples/2-{i}.safetensors" in files) == (i < done or (i == done and number % 5 != 1))
     stored = [hashlib.sha256(value).hexdigest() for name, value in files.items() if name.startswith("images")]
-    assert {row["sha256"] for row in manifest.rows.values()} <= set(stored)
+    assert {row["sha256"] for row in read_rows(out).values()} <= set(stored)
     for name, value in files.items():  # whole or absent
-        assert name.endswith((".tmp", "manifest.jsonl")) or value == whole[name]
+        assert name.endswith((".tmp", "manifest.0.jsonl")) or value == whole[name]
     with make(out) as o:
         for i in range(4):
-            if not o.manifest.holds([(f"c{row}", i) for row in range(3)]):
+            if not holds(out, i):
                 put(o, i)
     assert {k: v for k, v in contents(out).items() if not k.endswith(".tmp")} == whole
 
@@ -186,12 +185,12 @@ def test_a_sample_that_is_not_finite_names_class_index_and_step(tmp_path, whole,
     assert threads == [threading.main_thread()]
     kept = contents(tmp_path / "run")  # the batch before, whole; of the bad one not even its finite images
     assert set(kept) == {
-        "manifest.jsonl",
+        "manifest.0.jsonl",
         "samples/2-0.safetensors",
         *(f"images/c{i}/0.png" for i in range(3)),
     }
-    rows = kept.pop("manifest.jsonl")
-    assert whole["manifest.jsonl"].startswith(rows) and rows.count(b"\n") == 3
+    rows = kept.pop("manifest.0.jsonl")
+    assert whole["manifest.0.jsonl"].startswith(rows) and rows.count(b"\n") == 3
     assert kept.items() <= whole.items()
 
 

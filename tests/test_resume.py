@@ -52,7 +52,7 @@ def test_killed_at_every_write_the_run_ends_with_the_same_bytes(tiny, tmp_path: 
             else:
                 break
         if number % 3 == 0:  # a kill can also cut the manifest's last line
-            manifest = Path(config.out) / "manifest.jsonl"
+            manifest = Path(config.out) / "manifest.0.jsonl"
             if manifest.is_file():
                 manifest.write_bytes(manifest.read_bytes()[:-7])
     # every kill was followed by a start that found the wreck of the one before

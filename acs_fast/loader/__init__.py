@@ -81,20 +81,20 @@ def stream(
     """Training batches without end: class-balanced, shuffled, random-resized crops, flips if `mirror`.
 
     Batch number `step` is a function of the arguments alone, so a stream goes on where another ended. A rank
-    gets its own places of each global batch of `batch_size * num_ranks`. Every class comes equally often.
+    gets its own part of each batch of `batch_size`. Every class comes equally often.
     """
     draw = Balanced(listing.labels, seed)
-    total = batch_size * num_ranks
+    own = range(batch_size * rank // num_ranks, batch_size * (rank + 1) // num_ranks)
 
     def requests() -> Iterator[list[tuple[int, Crop]]]:
         number = step
         while True:
-            places = range(number * total + rank * batch_size, number * total + (rank + 1) * batch_size)
+            places = range(number * batch_size + own.start, number * batch_size + own.stop)
             picked = [(draw(place), place) for place in places]
             yield [(row, training_crop(listing.entries[row], seed, place, mirror)) for row, place in picked]
             number += 1
 
-    yield from _batches(listing, requests(), size, channels, batch_size, loader, device)
+    yield from _batches(listing, requests(), size, channels, len(own), loader, device)
 
 
 class Balanced:

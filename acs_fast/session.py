@@ -1,0 +1,24 @@
+"""What a run is given by its surroundings: the ranks it shares the work with, a log, and when to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from acs_fast.distributed import Ranks
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """A run that nobody logs or stops."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """ranks: this process's place. check: raises where the run is to stop; called between steps and batches.
+
+    event: writes an event, its name and its values, to the rank's log.
+    """
+
+    ranks: Ranks = field(default_factory=Ranks)
+    check: Callable[[], None] = _nothing
+    event: Callable[..., None] = _nothing
