@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from acs_fast.estimate.needs import (
     count_memory,
     count_work,
     free_space,
-    guided_steps,
     is_guided,
     reachable_memory,
 )
@@ -25,6 +25,8 @@ from acs_fast.generator import ImageGenerator
 from acs_fast.plan import Layout
 
 __all__ = ["Disk", "Memory", "Plan", "Seconds", "Work", "make_plan"]
+
+WIDTH = 120  # of the text
 
 
 @dataclass(frozen=True)
@@ -58,31 +60,30 @@ class Plan:
         """The plan for people."""
         w, s, m, d = self.work, self.seconds, self.memory, self.disk
         ranks = f"{self.num_ranks} ranks" if self.num_ranks > 1 else "1 rank"
-        calls = f"{w.calls} denoiser calls of up to {self.batch_size} images on {self.device}"
-        lines = [
-            f"plan: {self.title}, {w.images} left",
-            f"      {self.method}",
-            f"      {calls}, {ranks}: about {duration(s.total)}, {self.images_per_second:.3g} images/s",
-            f"time  sampling {duration(s.sampling)} on each rank: {self._step()}",
-        ]
+        calls = f"{w.calls} denoiser calls of up to {self.batch_size} images on {self.device}, {ranks}"
+        times = f"time: sampling {duration(s.sampling)} on each rank: {self._step()}" if w.images else ""
         if w.training_steps:
             steps = f"{w.training_steps} steps of {duration(s.training_step)}"
-            lines.append(f"      training of discriminators {duration(s.training)}: {steps}")
-        lines.append(f"work  {_flop(w)}")
-        parts = {
-            "weights": m.weights, "batch": m.engine, "modulations": m.table, "decode": m.decode,
-            "guidance": m.guidance, "discriminator": m.discriminator, "samples to train on": m.latents,
-            "PyTorch": m.process,
-        }  # fmt: skip
+            times += f"; discriminators {duration(s.training)}: {steps}"
         there = "" if self.memory_reachable is None else f" of {size(self.memory_reachable)}"
-        host = f"; {size(m.host)} of the machine's" if m.host else ""
-        lines.append(f"memory  {size(m.device)}{there} a rank{host}: {_parts(parts)}")
-        parts = {"images": d.images, "samples": d.latents, "discriminators": d.discriminators}
-        kept = "" if self.keeps_latents else " (samples go at its end)"
-        free = f"{size(d.missing)} still to write, {size(self.disk_free)} free"
-        lines.append(f"disk  {size(d.most)} while it runs{kept}: {_parts(parts)}; {free}")
-        lines.append(f"assumed: {'; '.join(self.assumptions)}")
-        return "\n".join(lines)
+        host = f" and {size(m.host)} of the machine's" if m.host else ""
+        kept = "" if self.keeps_latents or not d.latents else ", whose samples go at its end"
+        room = f"{size(d.missing)} still to write, {size(self.disk_free)} free"
+        lines = (
+            f"plan: {self.title}, {w.images} left to sample",
+            f"      {self.method}",
+            f"      {calls}: about {duration(s.total)}, {self.images_per_second:.3g} images/s",
+            times,
+            f"work: {_flop(w)}",
+            f"memory: a rank needs {size(m.device)}{there}{host}: {_parts(_memory_parts(m))}",
+            f"disk: {size(d.most)} for the whole run{kept}: {_parts(_disk_parts(d))}; {room}",
+            f"assumed: {'; '.join(self.assumptions)}",
+        )
+        return "\n".join(
+            textwrap.fill(line, WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
+            for line in lines
+            if line
+        )
 
     def warnings(self) -> list[str]:
         """A sentence each for memory and disk that cannot hold the run."""
@@ -168,7 +169,7 @@ def _method(config: DistillConfig) -> str:
         low, high = config.guidance_window
         guidance = (
             f"{config.objective}, {config.guidance_scale:g} x {config.trust_radius}, jacobian "
-            f"{config.jacobian}, t/T {low:g} to {high:g} ({guided_steps(config)} steps)"
+            f"{config.jacobian}, t/T {low:g} to {high:g}"
         )
     steps = f"{config.sampler} with {config.num_sampling_steps} steps, CFG {config.cfg_scale:g}"
     return f"{steps}, guidance: {guidance}"
@@ -180,15 +181,15 @@ def _assumptions(
     cuda, many = generator.device.type == "cuda", num_ranks > 1
     measured = f"measured on {disk.measured}" if disk.measured else "as photographs have"
     found = {
-        f"{size(disk.image)} an image ({config.format}, {measured}), whole blocks of 4 KiB": True,
-        "files are written as fast as images are made; start-up and judging take nothing": True,
+        f"{size(disk.image)} an image ({config.format}, {measured})": True,
+        "writing keeps up; start-up and judging take no time": True,
         "guidance as long as by autograd": is_guided(config),
         "steps launched one by one": cuda,
         "decoding is not hidden by sampling": cuda and generator.vae is not None,
-        "memory is never given back": True,
+        "no memory is given back": True,
         "every rank is as fast as this one": many,
         "ranks share this machine's memory": many and not cuda,
-        "gathering and all-reduce take nothing": many,
+        "gathering and all-reduce take no time": many,
         "each rank trains on a share of the batch": many and not config.deterministic,
         "a latent cache of the real images is not counted": config.objective in REAL_OBJECTIVES
         and generator.vae is not None
@@ -208,8 +209,34 @@ def _flop(work: Work) -> str:
     return f"{_scaled(work.flop, 'FLOP')}: {listed}" if work.flop else "nothing is left to compute"
 
 
+def _memory_parts(memory: Memory) -> dict[str, int]:
+    return {
+        "weights": memory.weights,
+        "batch": memory.engine,
+        "modulations": memory.table,
+        "decode": memory.decode,
+        "guidance": memory.guidance,
+        "discriminator": memory.discriminator,
+        "samples to train on": memory.latents,
+        "PyTorch": memory.process,
+    }
+
+
+def _disk_parts(disk: Disk) -> dict[str, int]:
+    return {
+        "images": disk.images,
+        "samples": disk.latents,
+        "discriminators": disk.discriminators,
+        "manifest": disk.manifest,
+    }
+
+
 def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
+    """Those that are a percent of all or more, the largest first."""
+    listed = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(
+        f"{name} {size(value)}" for name, value in listed if value >= 0.01 * sum(parts.values()) > 0
+    )
 
 
 def size(value: float) -> str:

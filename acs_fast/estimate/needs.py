@@ -273,17 +273,19 @@ def count_disk(
     left = sum(missing.values())
     image, measured = image_bytes(out, config.format, channels * edge**2, layout.total - left)
     latent = shape.in_channels * shape.input_size**2 * FP32
-    network, networks = 0, 0
+    network, networks, last = 0, 0, len(layout.ranges)
     if is_guided(config):
         network = seen_cost(generator, layout.num_classes).parameters * FP32
         networks = config.num_curricula - 1 + (config.objective == "learnability")
-    new = left * (image + latent + ROW_BYTES) + (trained + trains_real) * network
+    # the last curriculum's samples are for nobody to train on
+    held = {i: config.keep_latents or (is_guided(config) and i < last) for i in range(1, last + 1)}
+    new = left * (image + ROW_BYTES) + sum(count for i, count in missing.items() if held[i]) * latent
     return Disk(
         images=round(layout.total * image),
-        latents=layout.total * latent,
+        latents=sum(layout.size(i) for i in held if held[i]) * latent,
         discriminators=networks * network,
         manifest=layout.total * ROW_BYTES,
-        missing=round(new),
+        missing=round(new) + (trained + trains_real) * network,
         image=image,
         measured=measured,
     )

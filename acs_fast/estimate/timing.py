@@ -51,8 +51,8 @@ def measure(
         guidance = _seconds_of_guidance(generator, num_classes, bucket, step)
     if work.training_steps:
         batch = -(-work.training_images // work.training_steps)
-        share = batch if generator.config.deterministic else -(-batch // num_ranks)
-        training_step = _seconds_per_training_step(generator, num_classes, share)
+        learners = 1 if generator.config.deterministic else num_ranks
+        training_step = _seconds_per_training_step(generator, num_classes, batch, learners)
     batches = work.rank_images / bucket  # a batch that is not full is decoded as it is
     guided = work.rank_guided_batches * work.guided_steps
     sampling = work.rank_batches * work.steps * step + guided * guidance + batches * decode
@@ -141,8 +141,13 @@ def _through_denoiser(generator: ImageGenerator, x: Tensor) -> Tensor:
         return denoised[:, : x.shape[1]].to(x.dtype).view(2, *x.shape).sum(dim=0)
 
 
-def _seconds_per_training_step(generator: ImageGenerator, num_classes: int, batch: int) -> float:
-    """Of a discriminator: augmentation, forward, backward and AdamW, launched one by one."""
+def _seconds_per_training_step(
+    generator: ImageGenerator, num_classes: int, batch: int, learners: int
+) -> float:
+    """Of a discriminator: augmentation, forward, backward and AdamW, launched one by one.
+
+    learners: ranks that share a batch; each augments all of it and learns from its part.
+    """
     device, (channels, size) = generator.device, generator.seen_shape()
     network = _network(generator, num_classes).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -156,7 +161,8 @@ def _seconds_per_training_step(generator: ImageGenerator, num_classes: int, batc
         return partial(step, images, torch.zeros(n, dtype=torch.long, device=device))
 
     def step(images: Tensor, labels: Tensor) -> None:
-        loss = F.cross_entropy(network(augment(images, False, numbers)), labels)
+        own = -(-len(images) // learners)
+        loss = F.cross_entropy(network(augment(images, False, numbers)[:own]), labels[:own])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
