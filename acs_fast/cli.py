@@ -23,25 +23,35 @@ from acs_fast.config import (
     TrainConfig,
     resolve,
 )
+from acs_fast.stopping import RankLost, Stopped, Stopping
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command: 0 on success, 1 where `bench` finds wrong results, 130 when interrupted.
+    """Run a command: 0 on success, 1 where `bench` finds wrong results or `status` a run that is not whole.
 
-    2, with one sentence on stderr, for unusable input.
+    2, with one sentence on stderr, for unusable input; 130 when interrupted, 143 when stopped by SIGTERM.
     """
     args = make_parser().parse_args(argv)
     again = "run the same command again to continue" if args.call in (run_distill, run_encode) else ""
     try:
         return args.call(args) or 0
     except InputError as error:
-        print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        if not getattr(error, "told", False):  # by rank 0
+            print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"acs-fast: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
+        if getattr(error, "told", False):
+            return 2
         where = f" {error.filename}" if error.filename else ""
         hint = again and f"; what is written is whole, mend this and {again}"
         print(f"acs-fast: cannot read or write{where}: {error.strerror or error}{hint}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"acs-fast: {stopped}", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print(f"acs-fast: interrupted{again and '; ' + again}", file=sys.stderr)
         return 130
@@ -77,6 +87,14 @@ def make_parser() -> argparse.ArgumentParser:
     add_fields(command, EvaluateConfig)
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     command.set_defaults(call=run_evaluate)
+
+    command = commands.add_parser(
+        "status", help="what a run holds: progress, rate, time to go, what is missing or damaged"
+    )
+    command.add_argument("path", metavar="RUN", help="a run folder, also one that is being written to")
+    command.add_argument("--verify", action="store_true", help="read every image and compare its SHA-256")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.set_defaults(call=run_status)
 
     command = commands.add_parser("encode", help="encode real images once, for objectives that need them")
     add_fields(command, EncodeConfig)
@@ -150,14 +168,17 @@ def run_distill(args: argparse.Namespace) -> None:
     evaluation = resolve(EvaluateConfig, settings)  # refused, if it must be, before the run
     from acs_fast.curriculum import distill  # deferred: --help starts without torch
     from acs_fast.distributed import join
+    from acs_fast.log import Log
     from acs_fast.session import Session
 
     if args.evaluate:
         from acs_fast.evaluation import check_test_images
 
         check_test_images(config)
-    with join(config.device) as ranks:
-        out = distill(config, overwrite=args.overwrite, session=Session(ranks))
+    with join(config.device) as ranks, Stopping() as stopping:
+        log = Log(Path(config.out), ranks.rank, config.log_json)
+        session = Session(ranks, stopping.check, log.event)
+        out = distill(config, overwrite=args.overwrite, session=session)
     if not ranks.leads:
         return
     for name in ("images", "manifest.jsonl", "contact_sheet.png"):
@@ -182,6 +203,15 @@ def report_evaluation(config: EvaluateConfig, as_json: bool) -> None:
     report = Path(config.path) / "report.html"
     if report.is_file() and not as_json:
         print(f"  {Path(config.path) / 'results.json'}\n  {report}")
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """`acs-fast status`; 1 for a run that is not finished or not whole."""
+    from acs_fast.status import as_json, as_text, status  # deferred: see run_distill
+
+    found = status(args.path, args.verify)
+    print(as_json(found) if args.json else as_text(found))
+    return 0 if found.whole else 1
 
 
 def run_encode(args: argparse.Namespace) -> None:

@@ -23,9 +23,9 @@ from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
-from acs_fast.images import IMAGES, Images
+from acs_fast.images import Images
 from acs_fast.loader import resolve_loader
-from acs_fast.manifest import Manifest, Rows
+from acs_fast.manifest import Manifest, Rows, read_rows
 from acs_fast.models.checkpoint import read_config
 from acs_fast.networks import checkpoint_path, dtype_name, resolve_dtype
 from acs_fast.output import Output
@@ -34,7 +34,9 @@ from acs_fast.report import contact_sheet
 from acs_fast.resume import add_samples, find_missing, own_batches
 from acs_fast.samples import Samples
 from acs_fast.session import Session
+from acs_fast.shards import SHARD
 from acs_fast.steering import Steering
+from acs_fast.stopping import Stopped
 from acs_fast.writer import RUN_CONFIG, claim, is_record, lock, read_json, sweep, write_atomic
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -62,14 +64,19 @@ def distill(config: DistillConfig, overwrite: bool = False, session: Session | N
             started = time.perf_counter()
             run.sample()
             run.finish()
-            seconds = time.perf_counter() - started
+            run.note_end(time.perf_counter() - started)
+    except Stopped as stopped:
+        session.event("stop", signal=stopped.signum)
+        count = f"{len(read_rows(out))} of {run.layout.total}" if run else "no"
+        written = f"{count} images are written"
+        raise Stopped(stopped.signum, f"{written}; run the same command again to continue") from None
     except RuntimeError as error:
+        session.check()  # the other ranks were asked to stop too
+        session.event("error", text=str(error))
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the engine
         raise InputError(run.out_of_memory() if run else "the model does not fit into the memory") from error
-    if ranks.leads:
-        print(run.summary(seconds))
     return out
 
 
@@ -184,6 +191,8 @@ class Run:
         with Output(self.manifest, self.device, decode, to_uint8) as self.output:
             for curriculum in range(1, self.config.num_curricula + 1):
                 self.sample_curriculum(curriculum)
+                if self.config.format == "wds":
+                    self.pack(curriculum)
             self.waited = self.output.waited
 
     def sample_curriculum(self, curriculum: int) -> None:
@@ -206,6 +215,15 @@ class Run:
         seconds = round(time.perf_counter() - started, 3)
         self.session.event("curriculum", number=curriculum, images=images, seconds=seconds)
 
+    def pack(self, curriculum: int) -> None:
+        """Move a finished curriculum's images into shards: each rank its own, those that are there stay."""
+        self.ranks.barrier()  # the images of all ranks are on disk
+        for number, numbers in enumerate(cut(self.layout.size(curriculum), SHARD)):
+            if number % self.ranks.num_ranks == self.ranks.rank:
+                items = [self.layout.item(curriculum, place) for place in numbers]
+                keys = [(self.classes[item.position], item.index) for item in items]
+                self.images.pack(curriculum, number, keys)
+
     def finish(self) -> None:
         """Put the manifest in order, keep or remove the samples, draw the contact sheet last."""
         self.ranks.barrier()
@@ -215,7 +233,8 @@ class Run:
             self._rows().merge()
             if not self.config.keep_latents:
                 self.samples.remove()
-            sheet = contact_sheet(self.out / IMAGES, self.classes, self.layout.ranges)
+            self.images.sweep()
+            sheet = contact_sheet(self.images, self.classes, self.layout.ranges)
             write_atomic(self.out / "contact_sheet.png", sheet)
 
     def _sample_batch(
@@ -262,16 +281,22 @@ class Run:
 
         return Rows(self.out, order, self.layout.total)
 
-    def summary(self, seconds: float) -> str:
-        """What is said at the end."""
+    def note_end(self, seconds: float) -> None:
+        """Say what was done, and what sampling and training waited for."""
         real = self.steering.real
+        self.session.event(
+            "wait",
+            writer_seconds=round(self.waited, 3),
+            real_seconds=0.0 if real is None else round(real.waited, 3),
+        )
+        self.session.event("end", images=self.sampled, seconds=round(seconds, 3))
+        if not self.ranks.leads:
+            return
         waited = f", {self.waited:.1f} s of it waiting for files" if self.waited >= 0.1 else ""
         if real is not None and real.waited >= 0.1:
             waited += f", {real.waited:.1f} s waiting for real images"
-        now = sum(map(len, self.missing.values()))
-        return (
-            f"{self.out}: {self.layout.total} images, {now} of them sampled now, in {seconds:.1f} s{waited}"
-        )
+        now = f"{sum(map(len, self.missing.values()))} of them sampled now"
+        print(f"{self.out}: {self.layout.total} images, {now}, in {seconds:.1f} s{waited}")
 
     def out_of_memory(self) -> str:
         """The sentence for a run that the memory cannot hold, with the batch size that would fit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from acs_fast.config import InputError
-from acs_fast.listing import SPLITS, class_folders, known_classes, list_images, read_bytes, split_shards
+from acs_fast.listing import (
+    SPLITS,
+    Entry,
+    class_folders,
+    known_classes,
+    list_images,
+    read_bytes,
+    split_shards,
+)
 from acs_fast.loader import ordered, resolve_loader
 
 ASSETS = Path(__file__).parent / "assets"
 DIGITS = "digits"  # the name of the bundled data set
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+Located = tuple[str, int, Path | Entry]  # name, label, where the image lies
 
 
 @dataclass(frozen=True)
@@ -182,10 +192,12 @@ def load_images(
 ) -> ImageSet:
     """All images of a source: `digits`, a folder `<split>/<class>/*` (or `<class>/*`), WebDataset shards.
 
-    split: `train` or `val`; None reads a distilled set, which is a folder `<class>/*` whatever its names are.
-    classes: label order, default the sorted folder names. size: shorter side resized to it and the centre
-    cropped, default the size of the first image. channels: 1 or 3, default those of the first image.
-    loader: `auto`, `dali` or `pil`; a distilled set is always read by Pillow, as it lies.
+    split: `train` or `val`; None reads a distilled set, which is a folder `<class>/*` whatever its names are,
+    or a folder of shards; in natural order of the names within a class. WebP knows no grey: a set of it that
+    shows none but grey is one. classes: label order, default the sorted folder names, or what the shards say.
+    size: shorter side resized to it and the centre cropped, default the size of the first image. channels:
+    1 or 3, default those of the first image. loader: `auto`, `dali` or `pil`; a distilled set is always read
+    by Pillow, as it lies.
 
     Unusable files of real images are left out, and named on stderr. Raises InputError naming a missing
     folder, an empty class or, in a distilled set, an unreadable image.
@@ -201,35 +213,75 @@ def load_images(
     root = Path(source)
     if not root.is_dir():
         raise InputError(f"there is no image folder {root}; give a folder of class folders")
-    names = classes or tuple(class_folders(root))
+    find = _packed if split_shards(source, None) else _loose
+    names, files = find(root, classes and check_classes(classes))
+    webp = channels is None and all(name.lower().endswith(".webp") for name, _, _ in files)
+    images = []
+    for name, _, file in files:
+        where = io.BytesIO(read_bytes(file)) if isinstance(file, Entry) else file
+        images.append(_pixels(where, name, size, channels))
+        channels, size = channels or images[0].shape[0], size or min(images[0].shape[1:])
+    if webp and all(torch.equal(pixels, pixels[:1].expand_as(pixels)) for pixels in images):
+        images = [pixels[:1] for pixels in images]
+    return ImageSet(torch.stack(images), torch.tensor([label for _, label, _ in files]), names)
+
+
+def _loose(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[Located]]:
+    """The classes of a folder of class folders, and its images."""
+    names = classes or check_classes(tuple(class_folders(root)))
     if not names:
         raise InputError(f"image folder {root} has no class folders; expected {root}/<class>/<image>")
-    images, labels = [], []
-    for label, name in enumerate(check_classes(names)):
+    found: list[Located] = []
+    for label, name in enumerate(names):
         folder = root / name
-        files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(sorted(image_files(folder)), key=lambda path: natural(path.name))
         if not files:
             raise InputError(
                 f"class folder {folder} is missing or holds no images; known: {known_classes(root)}"
             )
-        for path in files:
-            pixels = read_image(path, size, channels)
-            size, channels = size or min(pixels.shape[1:]), channels or pixels.shape[0]
-            images.append(pixels)
-            labels.append(label)
-    return ImageSet(torch.stack(images), torch.tensor(labels), names)
+        found += [(str(path), label, path) for path in files]
+    return names, found
+
+
+def _packed(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[Located]]:
+    """The classes of a folder of shards, and its images."""
+    for name in class_folders(root):
+        if image_files(root / name):
+            raise InputError(
+                f"{root} holds shards and, beside them, images of class {name}; run distill again"
+            )
+    listing = list_images(str(root), None, classes)
+    for name, why in listing.skipped:
+        raise InputError(f"image {root / name} cannot be read ({why}); remove or replace it")
+    entries = sorted(listing.entries, key=lambda entry: (entry.label, natural(entry.name)))
+    return listing.classes, [(str(root / entry.name), entry.label, entry) for entry in entries]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder, by their suffixes, in no order."""
+    return [path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """What a name sorts by for 10 to follow 2."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part or 0), "") if place % 2 else (0, part) for place, part in enumerate(parts)]
 
 
 def read_image(path: Path, size: int | None = None, channels: int | None = None) -> Tensor:
     """One image as uint8 [C, H, W], square when `size` is given; InputError names an unreadable file."""
+    return _pixels(path, str(path), size, channels)
+
+
+def _pixels(source: Path | io.BytesIO, name: str, size: int | None, channels: int | None) -> Tensor:
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             if file.mode[0] in "IF":
                 raise ValueError(f"its mode is {file.mode}, not 8 bits a channel")
             grey = channels == 1 or (channels is None and file.mode in ("1", "L"))
             image = ImageOps.exif_transpose(file).convert("L" if grey else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be read ({error}); remove or replace it") from error
+        raise InputError(f"image {name} cannot be read ({error}); remove or replace it") from error
     size = size or min(image.size)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -24,14 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acs_fast.config import InputError
+from acs_fast.stopping import RankLost
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)  # of a collective: ranks wait for one another, the heartbeat watches them
 BEAT, SILENCE = 1.0, 30.0  # seconds between heartbeats, and without one after which a rank is dead
-
-
-class RankLost(RuntimeError):
-    """Another rank has died; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,10 @@ class Ranks:
         self.collect(None)
 
     def lead(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on every rank; the InputError or OSError that it raises likewise."""
+        """What `call` returns on rank 0, on every rank; the InputError or OSError that it raises likewise.
+
+        On other ranks such an error has `told`: it is rank 0 that says it.
+        """
         if self.num_ranks == 1:
             return call()
         result: list[Any] = [None, None]
@@ -68,6 +68,7 @@ class Ranks:
         with self._named():
             dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
         if result[1] is not None:
+            result[1].told = not self.leads
             raise result[1]
         return result[0]
 

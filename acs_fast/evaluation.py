@@ -28,6 +28,7 @@ from acs_fast.data import (
     select_classes,
 )
 from acs_fast.environment import describe, resolve_device
+from acs_fast.images import Images
 from acs_fast.judge import by_curriculum
 from acs_fast.models.checkpoint import digest, read_config
 from acs_fast.models.classifier import build_classifier, default_network
@@ -55,9 +56,10 @@ class Run:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Train `repeats` fresh classifiers on the images of `config.path` and each baseline; test on real ones.
 
-    `config.path` is a run folder or a folder <class>/*.png. Returns (and writes to results.json of a run
-    folder) for each set the best and last top-1 accuracy of every repeat, their mean and their standard
-    deviation (ddof 0), in percent. What can be refused is refused before anything is trained or sampled.
+    `config.path` is a run folder, or a folder of <class>/<image> or of WebDataset shards. Returns (and writes
+    to results.json of a run folder) for each set the best and last top-1 accuracy of every repeat, their mean
+    and their standard deviation (ddof 0), in percent. What can be refused is refused before anything is
+    trained or sampled.
     """
     run = read_run(Path(config.path))
     device = resolve_device(config.device)
@@ -204,10 +206,10 @@ def read_run(path: Path) -> Run | None:
         return None
     run = read_record(path)
     total = run.config.ipc * len(run.classes)
-    indices = range(run.config.ipc)
-    images = sum((path / "images" / name / f"{k}.png").is_file() for name in run.classes for k in indices)
-    if images < total:
-        raise InputError(f"{path} is unfinished: {images} of {total} images; run distill again")
+    images, indices = Images(path, run.config.format), range(run.config.ipc)
+    found = sum(images.holds((name, index)) for name in run.classes for index in indices)
+    if found < total:
+        raise InputError(f"{path} is unfinished: {found} of {total} images; run distill again")
     if not (path / "contact_sheet.png").is_file():
         raise InputError(f"{path} is unfinished: it has no contact_sheet.png; run distill again")
     return run

@@ -66,14 +66,18 @@ def by_curriculum(out: Path) -> list[dict[str, Any]]:
     that it steered; `after`: f_i+1, trained on them too, on the same (None for the last curriculum). The fall
     of the loss from `before` to `after` is the loss spike of the curriculum. Empty without guidance.
     """
-    curricula, rows = read_curricula(out), list(read_rows(out).values())
+    curricula = read_curricula(out)
+    scores: dict[int, list[tuple[bool, float]]] = {}
+    for row in read_rows(out).values() if curricula else ():
+        own = scores.setdefault(row["curriculum"], [])
+        if row["discriminator_loss"] is not None:
+            own.append((row["discriminator_correct"], row["discriminator_loss"]))
     table = []
-    for number in sorted({row["curriculum"] for row in rows} if curricula else ()):
-        own = [row for row in rows if row["curriculum"] == number and row["discriminator_loss"] is not None]
+    for number in sorted(scores):
         before = None
-        if own:
-            right = torch.tensor([row["discriminator_correct"] for row in own])
-            before = summary(right, torch.tensor([row["discriminator_loss"] for row in own]))
+        if scores[number]:
+            right, loss = zip(*scores[number], strict=True)
+            before = summary(torch.tensor(right), torch.tensor(loss))
         following = curricula.get(str(number + 1))
         table.append(
             {

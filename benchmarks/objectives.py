@@ -96,15 +96,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--test", type=int, help="test on the first so many images of each class")
     parser.add_argument("--real-steps", type=int, help="of the objectives with real images")
+    parser.add_argument("--sampling-steps", type=int)
     args = parser.parse_args()
     if args.name == "table":
         print(table(args.file))
         return
+    given = {"real_steps": args.real_steps, "num_sampling_steps": args.sampling_steps}
+    common = {name: value for name, value in given.items() if value}
     cells = [
         {
             "method": method,
             "settings": settings,
-            "common": {"real_steps": args.real_steps} if args.real_steps else {},
+            "common": common,
             "ipc": args.ipc,
             "seed": seed,
             **{name: getattr(args, name) for name in ("real", "model", "size", "epochs", "test")},

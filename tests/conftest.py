@@ -40,7 +40,7 @@ def two_digits(tmp_path: Path) -> str:
 
 @pytest.fixture
 def tiny(tmp_path: Path, two_digits: str):
-    """A function that makes the configuration of a run of seconds: 2 classes, 3 curricula, 4 steps."""
+    """Makes configurations of runs of seconds: 2 classes, 3 curricula, 4 steps, samples kept."""
 
     def make(**settings: object) -> DistillConfig:
         defaults = {
@@ -53,6 +53,7 @@ def tiny(tmp_path: Path, two_digits: str):
             "discriminator_steps": 3,
             "real_steps": 3,
             "batch_size": 3,
+            "keep_latents": True,
         }
         return resolve(DistillConfig, {**defaults, **settings})
 

@@ -14,6 +14,12 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
+def stored(out: Path, curriculum: int) -> Path:
+    """The file of a curriculum's samples, in a run that keeps them: 512 lie in one."""
+    (path,) = (out / "samples").glob(f"{curriculum}-0-*.safetensors")
+    return path
+
+
 def refused(argv: list[str], capsys) -> str:
     """The one sentence that the command line answers unusable input with."""
     assert main(argv) == 2

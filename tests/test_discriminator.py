@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from acs_fast import discriminator
 from acs_fast.augment import random_resized_crop
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.discriminator import Classifiers, Trainer, score
+from acs_fast.distributed import Ranks
 from acs_fast.feeds import Examples, permuted
 from acs_fast.models.classifier import build_classifier
 
@@ -98,7 +100,7 @@ def test_a_trainer_starts_anew_with_other_weights_images_and_batch_sizes() -> No
         assert got == plainly(network, *sample, **changed)
         assert same(trainer.network, network) and initial.keys() == trainer.network.state_dict().keys()
     assert [p.data_ptr() for p in trainer.network.parameters()] == addresses
-    assert [tuple(shape) for shape, _ in trainer.buckets] == [(8, 1, 8, 8), (3, 1, 8, 8)]
+    assert [tuple(shape) for shape, *_ in trainer.buckets] == [(8, 1, 8, 8), (3, 1, 8, 8)]
 
 
 def test_an_abandoned_training_leaves_nothing_behind() -> None:
@@ -181,7 +183,8 @@ def test_the_step_reads_nothing_on_the_host(case: str, kind: str, monkeypatch: p
         batch, labels = torch.zeros(images, channels, size, size), torch.zeros(images, dtype=torch.long)
         loss = torch.zeros(())
         for real in (None, None, torch.zeros(images)):
-            discriminator._train_step(network, batch, labels, real, optimizer, loss)
+            part = partial(discriminator._loss, network, batch, labels, real, None)
+            discriminator._train_step(part, optimizer, loss, Ranks())
         with pytest.raises(DataDependentOutputException):
             loss.item()
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from acs_fast import DistillConfig, InputError, curriculum, distill, networks, real
 from acs_fast.config import resolve
 from acs_fast.data import load_images
+from acs_fast.manifest import read_rows
 from acs_fast.models.dit import DiTConfig
-from acs_fast.plan import Item, curriculum_batches, curriculum_ranges
-from tests.runs import contents
+from acs_fast.plan import Item, Layout, curriculum_ranges, cut
+from tests.runs import contents, stored
 
 
 @pytest.mark.parametrize(
@@ -33,11 +34,18 @@ def test_curricula_are_contiguous_and_the_remainder_goes_last(
     assert [index for part in ranges for index in part] == list(range(ipc))
 
 
-def test_batches_go_class_by_class() -> None:
-    batches = curriculum_batches(2, range(4, 6), 3)
-    assert batches == [[Item(0, 4), Item(0, 5)], [Item(1, 4), Item(1, 5)]]  # as equal as they can be
-    assert [len(batch) for batch in curriculum_batches(10, range(10), 66)] == [50, 50]
-    assert [len(batch) for batch in curriculum_batches(1, range(7), 3)] == [2, 2, 3]
+def test_the_images_are_numbered_curriculum_by_curriculum_class_by_class() -> None:
+    layout = Layout(3, tuple(curriculum_ranges(5, 2)))
+    items = [layout.item(2, number) for number in range(layout.size(2))]
+    assert items == [Item(position, index) for position in range(3) for index in (2, 3, 4)]
+    every = [layout.item(i, n) for i in (1, 2) for n in range(layout.size(i))]
+    assert [layout.number(item) for item in every] == list(range(15)) == list(range(layout.total))
+    assert layout.start(2) == 6
+
+
+def test_batches_are_few_and_as_equal_as_they_can_be() -> None:
+    assert [len(part) for part in cut(100, 66)] == [50, 50]
+    assert cut(7, 3) == [range(0, 2), range(2, 4), range(4, 7)] and cut(0, 3) == []
 
 
 def test_files_of_a_run(tiny) -> None:
@@ -64,9 +72,7 @@ def test_files_of_a_run(tiny) -> None:
 
 def test_samples_are_the_images(tiny) -> None:
     out = distill(tiny())
-    samples = load_file(out / "samples" / "1-0.safetensors")[
-        "samples"
-    ]  # curriculum 1: index 0 of both classes
+    samples = load_file(stored(out, 1))["samples"]  # curriculum 1: index 0 of both classes
     for row, name in enumerate("38"):
         with Image.open(out / "images" / name / "0.png") as image:
             pixels = torch.from_numpy(np.array(image)).long()[None]
@@ -106,8 +112,7 @@ def test_a_finished_run_is_left_as_it_is(tiny, capsys) -> None:
 def test_settings_of_the_sampler_change_the_first_curriculum(tiny, tmp_path: Path, change: dict) -> None:
     plain = distill(tiny(out=str(tmp_path / "plain"), cfg_scale=4.0))
     changed = distill(tiny(out=str(tmp_path / "changed"), **{"cfg_scale": 4.0, **change}))
-    name = "samples/1-0.safetensors"
-    assert (plain / name).read_bytes() != (changed / name).read_bytes()
+    assert stored(plain, 1).read_bytes() != stored(changed, 1).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -128,21 +133,14 @@ def test_settings_of_the_sampler_change_the_first_curriculum(tiny, tmp_path: Pat
 def test_settings_of_the_guidance_change_later_curricula_alone(tiny, tmp_path: Path, change: dict) -> None:
     plain = distill(tiny(out=str(tmp_path / "plain")))
     changed = distill(tiny(out=str(tmp_path / "changed"), **change))
-    assert (plain / "samples/1-0.safetensors").read_bytes() == (
-        changed / "samples/1-0.safetensors"
-    ).read_bytes()
-    assert (plain / "samples/2-0.safetensors").read_bytes() != (
-        changed / "samples/2-0.safetensors"
-    ).read_bytes()
+    assert stored(plain, 1).read_bytes() == (stored(changed, 1)).read_bytes()
+    assert stored(plain, 2).read_bytes() != (stored(changed, 2)).read_bytes()
 
 
 def test_the_full_jacobian_changes_later_curricula_alone_up_to_rounding(tiny, tmp_path: Path) -> None:
     # its denoiser keeps the weights unpacked, since autograd needs them
     runs = [distill(tiny(out=str(tmp_path / name), jacobian=name)) for name in ("identity", "full")]
-    first, second = (
-        [load_file(run / f"samples/{curriculum}-0.safetensors")["samples"] for run in runs]
-        for curriculum in (1, 2)
-    )
+    first, second = ([load_file(stored(run, curriculum))["samples"] for run in runs] for curriculum in (1, 2))
     torch.testing.assert_close(*first, rtol=0, atol=1e-4)
     assert (second[0] - second[1]).abs().max() > 1e-3
 
@@ -150,12 +148,8 @@ def test_the_full_jacobian_changes_later_curricula_alone_up_to_rounding(tiny, tm
 def test_warm_start_changes_the_third_curriculum_first(tiny, tmp_path: Path) -> None:
     scratch = distill(tiny(out=str(tmp_path / "scratch")))
     warm = distill(tiny(out=str(tmp_path / "warm"), discriminator_init="warm"))
-    assert (scratch / "samples/2-0.safetensors").read_bytes() == (
-        warm / "samples/2-0.safetensors"
-    ).read_bytes()
-    assert (scratch / "samples/3-0.safetensors").read_bytes() != (
-        warm / "samples/3-0.safetensors"
-    ).read_bytes()
+    assert stored(scratch, 2).read_bytes() == (stored(warm, 2)).read_bytes()
+    assert stored(scratch, 3).read_bytes() != (stored(warm, 3)).read_bytes()
 
 
 def test_without_guidance_the_curricula_do_not_matter_but_for_rounding(tiny, tmp_path: Path) -> None:
@@ -294,6 +288,6 @@ def test_not_a_number_stops_with_the_image_named_and_keeps_what_is_written(tiny,
     config = tiny(backend="reference")  # whose guidance takes the radius from there
     with pytest.raises(InputError, match="class 3 index 1 of curriculum 2 is not finite at step 3"):
         distill(config)
-    assert len((Path(config.out) / "manifest.jsonl").read_text().splitlines()) == 2
+    assert len(read_rows(Path(config.out))) == 2
     monkeypatch.undo()
     distill(dataclasses.replace(config))

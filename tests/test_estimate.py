@@ -17,6 +17,7 @@ from acs_fast import estimate
 from acs_fast.config import DistillConfig, resolve
 from acs_fast.estimate import Plan, Seconds, flop, make_plan, needs, timing
 from acs_fast.generator import ImageGenerator
+from acs_fast.images import Images
 from acs_fast.models.classifier import build_classifier
 from acs_fast.models.dit import DiT, DiTConfig, official_config
 from acs_fast.networks import Networks
@@ -258,7 +259,7 @@ def test_pixel_spaces_decode_in_every_guided_step(tmp_path: Path) -> None:
     assert latent.memory.decode == 10 * vae.bytes_per_image(8, 8) + 10 * 3 * 32 * 32 * 5
     assert latent.memory.latents == 40 * 256 * 4 and pixel.memory.latents == 40 * 3 * 32 * 32 * 4
     assert pixel.memory.guidance == 10 * 7 * vae.bytes_per_image(8, 8) + 1.5 * 10 * cost.saved
-    image = needs.image_bytes(tmp_path, "png", 3 * 32 * 32, 0)[0]
+    image = needs.image_bytes(tmp_path, "png", 3 * 32 * 32)[0]
     assert latent.disk.images == 50 * image
 
 
@@ -275,28 +276,35 @@ def test_the_disk_by_hand(woof, tmp_path: Path) -> None:
     assert left.missing == 23 * (disk.image + 300) + 3 * 16384 + network
 
 
-def test_images_are_as_large_as_those_that_are_there(tmp_path: Path) -> None:
+def test_images_are_taken_to_be_photographs(tmp_path: Path) -> None:
     values = 3 * 256 * 256
-    for name, blocks in (("png", 25), ("jpeg", 7), ("webp", 17)):  # 1.53, 0.4 and 1.02 bytes a pixel
-        assert needs.image_bytes(tmp_path, name, values, 0) == (blocks * 4096, 0)
-    assert needs.image_bytes(tmp_path, "wds", values, 0) == (pytest.approx(80 + 0.51 * values + 1536), 0)
-    for number, name in enumerate(("a/0.png", "a/1.png", "b/0.png.tmp")):
+    for name, blocks in (("png", 25), ("jpeg", 8), ("webp", 17)):  # 1.53, 0.47 and 1.02 bytes a pixel
+        assert needs.image_bytes(tmp_path, name, values) == (blocks * 4096, 0)
+    assert needs.image_bytes(tmp_path, "wds", values) == (pytest.approx(80 + 0.51 * values + 1792), 0)
+
+
+def test_images_are_as_large_as_those_that_are_there(tmp_path: Path, monkeypatch) -> None:
+    for number, name in enumerate(("a/0.png", "a/1.png", "b/0.png.tmp", "b/1.jpg")):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(5000 * (number + 1)))
     # 5,000 and 10,000 bytes are two and three blocks; what is being written does not count
-    assert needs.image_bytes(tmp_path, "png", 1, 2) == (2.5 * 4096, 2)
-    (tmp_path / "images/shard-0.tar").write_bytes(bytes(70000))
-    (tmp_path / "images/shard-1.tar").write_bytes(bytes(50000))
-    assert needs.image_bytes(tmp_path, "wds", 1, 12) == (10000, 12)
+    assert needs.image_bytes(tmp_path, "png", 1) == (2.5 * 4096, 2)
+    assert needs.image_bytes(tmp_path, "jpeg", 1) == (5 * 4096, 1)
+    monkeypatch.setattr(needs, "LOOKED_AT", 1)
+    assert needs.image_bytes(tmp_path, "png", 1)[1] <= 1
 
 
-def test_few_of_many_images_are_looked_at(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(needs, "LOOKED_AT", 3)
-    (tmp_path / "images" / "a").mkdir(parents=True)
-    for number in range(5):
-        (tmp_path / "images" / "a" / f"{number}.png").write_bytes(b"x")
-    assert needs.image_bytes(tmp_path, "png", 1, 5) == (4096, 3)
+def test_images_in_shards_are_as_large_as_those_of_one(tmp_path: Path) -> None:
+    images = Images(tmp_path, "wds")
+    keys = [("a", index) for index in range(3)]
+    for key in keys:
+        images.write(key, bytes(5000))
+    assert needs.image_bytes(tmp_path, "wds", 1)[1] == 0  # loose ones are no shard
+    images.pack(1, 0, keys)
+    size, count = needs.image_bytes(tmp_path, "wds", 1)
+    assert count == 3 and size == (tmp_path / "images" / "1-0.tar").stat().st_size / 3
+    assert size == pytest.approx(5000 + 1792, rel=0.3)  # and the end of the archive
 
 
 # --- time --------------------------------------------------------------------------------------------------

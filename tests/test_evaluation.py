@@ -16,7 +16,7 @@ from acs_fast.data import load_images
 from acs_fast.evaluation import choose_protocol, format_table, read_run
 from acs_fast.protocol import Accuracy, make_optimizer, protocol_epochs, train_and_test
 from acs_fast.writer import lock
-from tests.runs import contents
+from tests.runs import contents, stored
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_run_folder_with_baselines(tiny, capsys, tmp_path: Path) -> None:
     after = contents(out)
     assert {name: after[name] for name in before} == before
     # the plain set has the run's noise: without guidance the first curriculum is the same
-    plain = out / "baselines" / "plain" / "samples" / "1-0.safetensors"
-    assert plain.read_bytes() == (out / "samples" / "1-0.safetensors").read_bytes()
+    plain = stored(out / "baselines" / "plain", 1)
+    assert plain.read_bytes() == stored(out, 1).read_bytes()
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["protocol"] == "hard-adamw"
 

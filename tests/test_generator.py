@@ -17,11 +17,12 @@ from acs_fast.config import DistillConfig, InputError
 from acs_fast.curriculum import distill, keep_resolved, with_absolute_paths
 from acs_fast.engine import StepEngine
 from acs_fast.generator import ImageGenerator
+from acs_fast.images import Images
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.networks import resolve_dtype
 from acs_fast.report import contact_sheet
-from tests.runs import contents
+from tests.runs import contents, stored
 from tests.test_sampler import randomise
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -86,7 +87,7 @@ def test_a_run_in_bf16_says_so_and_is_near_the_one_in_fp32(tiny, tmp_path: Path)
     assert json.loads((runs[1] / "config.json").read_text())["config"]["dtype"] == "bf16"
     from safetensors.torch import load_file
 
-    one, two = (load_file(run / "samples/1-0.safetensors")["samples"] for run in runs)
+    one, two = (load_file(stored(run, 1))["samples"] for run in runs)
     assert one.dtype == two.dtype == torch.float32
     assert 0 < (one - two).abs().mean() < 0.05
 
@@ -228,9 +229,9 @@ def test_a_run_begun_with_what_this_machine_lacks_says_so(tiny) -> None:
 def test_a_run_of_the_plain_sampler_is_continued_by_the_engine(tiny) -> None:
     out = distill(tiny(backend="reference"))
     assert json.loads((out / "config.json").read_text())["config"]["attention"] == "auto"
-    (out / "samples/3-0.safetensors").unlink()
+    stored(out, 3).unlink()
     distill(tiny())
-    assert (out / "samples/3-0.safetensors").is_file()
+    assert stored(out, 3).is_file()
 
 
 def test_a_long_list_of_classes_is_no_path(tmp_path: Path, monkeypatch) -> None:
@@ -260,10 +261,10 @@ def test_the_record_says_which_attention_ran_and_what_refused(tiny) -> None:
 
 
 def test_the_sheet_of_many_images_is_small(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "a").mkdir()
+    images = Images(tmp_path)
     for index in range(3):
-        Image.new("RGB", (64, 64), "red").save(tmp_path / "a" / f"{index}.png")
-    whole = Image.open(io.BytesIO(contact_sheet(tmp_path, ("a",), [range(3)])))
+        images.write(("a", index), images.encode(torch.zeros(64, 64, 3, dtype=torch.uint8)))
+    whole = Image.open(io.BytesIO(contact_sheet(images, ("a",), [range(3)])))
     monkeypatch.setattr(report, "MAX_PIXELS", 3 * 20 * 20)
-    small = Image.open(io.BytesIO(contact_sheet(tmp_path, ("a",), [range(3)])))
+    small = Image.open(io.BytesIO(contact_sheet(images, ("a",), [range(3)])))
     assert whole.height - small.height == 64 - 20

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from acs_fast import DistillConfig, InputError, distill, generator
 from acs_fast.config import resolve
 from acs_fast.engine import StepEngine
+from acs_fast.manifest import read_rows
 from acs_fast.models import classifier
 from acs_fast.models.checkpoint import load_checkpoint, save_checkpoint
-from tests.runs import contents, refused
+from tests.runs import contents, refused, stored
 from tests.test_sampler import randomise
 from tests.test_vae import small_kl, small_tiny
 
@@ -73,6 +74,7 @@ def make(models: Path, tmp_path: Path):
             "tiny_vae": str(models / "tiny"),
             "classes": ",".join(CLASSES),
             "ipc": 2,
+            "keep_latents": True,
             "num_curricula": 2,
             "num_sampling_steps": 4,
             "guidance_window": [0.0, 1.0],
@@ -101,7 +103,7 @@ def images(out: Path) -> dict[str, bytes]:
 
 def samples(out: Path, curriculum: int) -> torch.Tensor:
     """A curriculum's latents, one batch."""
-    return load_file(out / "samples" / f"{curriculum}-0.safetensors")["samples"]
+    return load_file(stored(out, curriculum))["samples"]
 
 
 def assert_whole(out: Path) -> None:
@@ -222,8 +224,7 @@ def test_nan_in_later_latents_keeps_what_is_written(make, tmp_path: Path, capsys
     assert re.search(r"class 1 index 1 of curriculum 2 is not finite at step \d; ", text), text
     out = tmp_path / "run"
     assert sorted(images(out)) == ["images/1/0.png", "images/4/0.png"]
-    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert [(row["class"], row["index"]) for row in rows] == [("1", 0), ("4", 0)]
+    assert list(read_rows(out)) == [("1", 0), ("4", 0)]
     calm = run(make(out=str(tmp_path / "calm"), guidance_space=space))
     assert all(images(calm)[name] == data for name, data in images(out).items())
 

@@ -15,7 +15,7 @@ ORDER = [
     ["__main__"],
     ["cli"],
     ["evaluation"],
-    ["curriculum", "bench", "encoding"],
+    ["curriculum", "bench", "encoding", "status"],
     ["steering", "estimate"],
     ["generator", "training", "report", "protocol", "output"],
     ["engine"],
@@ -24,7 +24,9 @@ ORDER = [
     ["discriminator", "guidance", "compiled"],
     ["feeds"],
     ["latents"],
-    ["writer", "environment", "attention", "linear", "plan", "networks"],
+    ["manifest"],
+    ["images"],
+    ["shards", "writer", "environment", "attention", "linear", "plan", "networks"],
     ["graph"],
     ["ops", "testing"],
     ["augment", "diffusion"],
@@ -32,7 +34,7 @@ ORDER = [
     ["data"],
     ["loader"],
     ["listing"],
-    ["config"],
+    ["config", "log", "stopping"],
     ["kernels"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

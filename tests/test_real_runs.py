@@ -13,12 +13,13 @@ from PIL import Image
 
 from acs_fast import DistillConfig, EvaluateConfig, InputError, distill, evaluate, steering
 from acs_fast.config import resolve
+from acs_fast.distributed import Ranks
 from acs_fast.judge import by_curriculum
 from acs_fast.loader import dali
 from acs_fast.models import classifier
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
-from tests.runs import contents, refused
+from tests.runs import contents, refused, stored
 from tests.test_sampler import randomise
 
 CLASSES = ("ant", "bee", "cow")
@@ -70,6 +71,7 @@ def make(sources: Path, tmp_path: Path):
             "discriminator_steps": 5,
             "discriminator_batch_size": 8,
             "real_steps": 20,
+            "keep_latents": True,
         }
         return resolve(DistillConfig, {**defaults, **changes})
 
@@ -107,8 +109,8 @@ def test_distill_and_evaluate_from_a_folder(make, tmp_path: Path, objective: str
 def test_a_run_repeats_and_continues_with_the_same_bytes(make, tmp_path: Path, objective: str) -> None:
     out = distill(make(objective=objective, loader="pil", repulsion=0.5))
     whole = contents(out)
-    (out / "samples" / "2-0.safetensors").unlink()
-    (out / "samples" / "3-0.safetensors").unlink()
+    stored(out, 2).unlink()
+    stored(out, 3).unlink()
     for name in ("3", "real"):
         (out / "discriminators" / f"{name}.safetensors").unlink(missing_ok=True)
     (out / "curricula.json").write_text("{")
@@ -131,7 +133,7 @@ def test_f_real_is_trained_once(make, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_f_real_learns_the_real_images(make, sources: Path) -> None:
     distill(make(objective="learnability", real_steps=60, num_curricula=2))
     config = make(objective="learnability")
-    real = steering.RealImages(config, CLASSES, 3, 16, torch.device("cpu"))
+    real = steering.RealImages(config, CLASSES, 3, 16, torch.device("cpu"), Ranks())
     network = steering.Classifiers(config, 3, 16, 3, torch.device("cpu"), Path(config.out) / "discriminators")
     f_real = network.get("real", "", lambda seed: pytest.fail("it is there"), 1)
     images, labels = real.judged()
@@ -143,10 +145,7 @@ def test_repulsion_moves_the_later_curricula_apart(make, tmp_path: Path) -> None
     repelled = distill(make(out=str(tmp_path / "repelled"), guidance_scale=1.0, repulsion=1e4))
 
     def cosine(out: Path) -> float:
-        rows = [
-            steering.read_tensors(out / "samples" / f"{i}-0.safetensors")["samples"].flatten(1)
-            for i in (1, 2)
-        ]
+        rows = [steering.read_tensors(stored(out, i))["samples"].flatten(1) for i in (1, 2)]
         return torch.nn.functional.cosine_similarity(*rows).mean().item()
 
     assert cosine(repelled) < cosine(plain)

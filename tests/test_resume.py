@@ -17,7 +17,7 @@ import pytest
 
 from acs_fast import InputError, distill, writer
 from acs_fast.data import ASSETS
-from tests.runs import contents, refused
+from tests.runs import contents, refused, stored
 
 
 class Killed(BaseException):
@@ -114,7 +114,7 @@ def test_a_damaged_or_missing_image_is_made_again(tiny) -> None:
     whole = contents(out)
     (out / "images" / "3" / "0.png").write_bytes(b"junk")
     (out / "images" / "8" / "3.png").unlink()
-    (out / "samples" / "2-0.safetensors").write_bytes(b"\\x00")
+    stored(out, 2).write_bytes(b"\\x00")
     assert contents(distill(tiny())) == whole
 
 

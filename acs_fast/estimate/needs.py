@@ -23,15 +23,16 @@ from acs_fast.estimate.flop import (
     full_jacobian_flops,
 )
 from acs_fast.generator import GRADIENT_FACTOR, ImageGenerator
-from acs_fast.images import IMAGES
+from acs_fast.images import IMAGES, Images
 from acs_fast.models.vae import VAE
 from acs_fast.plan import Layout, available_memory, bytes_per_image
+from acs_fast.shards import read_members
 
 FP32 = 4
 # bytes of a file beside its pixels, by the digits, and per pixel and channel: of 150 photographs at 256 px
-# (PNG 1.54, JPEG of quality 95 0.40, lossless WebP 1.01 bytes a pixel)
-IMAGE_BYTES = {"png": (80, 0.51), "jpeg": (380, 0.13), "webp": (60, 0.34), "wds": (80, 0.51)}
-TAR_BYTES = 1536  # of an image in a shard: its header and what fills its last block, and its label's
+# (PNG 1.54, JPEG 0.47, WebP 1.01 bytes a pixel)
+IMAGE_BYTES = {"png": (80, 0.51), "jpeg": (380, 0.155), "webp": (60, 0.34), "wds": (80, 0.51)}
+TAR_BYTES = 1792  # of an image in a shard: its header and what fills its last block, and its label's
 BLOCK = 4096  # bytes: a file takes whole blocks of most disks
 ROW_BYTES = 300  # of a manifest's line
 LOOKED_AT = 200  # files whose size is taken for that of all
@@ -271,7 +272,7 @@ def count_disk(
     if generator.vae is not None:
         channels, edge = generator.vae.out_channels, generator.vae.factor * edge
     left = sum(missing.values())
-    image, measured = image_bytes(out, config.format, channels * edge**2, layout.total - left)
+    image, measured = image_bytes(out, config.format, channels * edge**2)
     latent = shape.in_channels * shape.input_size**2 * FP32
     network, networks, last = 0, 0, len(layout.ranges)
     if is_guided(config):
@@ -291,19 +292,19 @@ def count_disk(
     )
 
 
-def image_bytes(out: Path, format: str, values: int, done: int) -> tuple[float, int]:
+def image_bytes(out: Path, format: str, values: int) -> tuple[float, int]:
     """(bytes that an image takes on the disk, images that say so; 0 if it is assumed).
 
-    values: pixels x channels. done: images that are in the folder.
+    values: pixels x channels. Some of the images that are in the folder say so, of shards one.
     """
-    folder = out / IMAGES
+    folder, suffix = out / IMAGES, Images(out, format).suffix
     if format == "wds":
-        shards = [path.stat().st_size for path in folder.rglob("*.tar")] if done else []
-        if sum(shards):
-            return sum(shards) / done, done
-    elif folder.is_dir():
+        shard = next(folder.glob("*.tar"), None)
+        if shard is not None and (members := len(list(read_members(shard)))):
+            return shard.stat().st_size / members, members
+    else:
         paths = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
-        sizes = [path.stat().st_size for path in islice(paths, LOOKED_AT) if path.suffix != ".tmp"]
+        sizes = [path.stat().st_size for path in islice(paths, LOOKED_AT) if path.suffix == suffix]
         if sizes:
             return sum(map(_on_disk, sizes)) / len(sizes), len(sizes)
     beside, each = IMAGE_BYTES[format]
