@@ -76,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--baselines", type=_names, default=(), help="with --evaluate: random, plain or both"
     )
     command.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")
+    command.add_argument("--plan", action="store_true", help="print what it will take, write nothing")
     command.set_defaults(call=run_distill)
 
     command = commands.add_parser(
@@ -166,7 +167,7 @@ def run_distill(args: argparse.Namespace) -> None:
         "device": config.device,
     }
     evaluation = resolve(EvaluateConfig, settings)  # refused, if it must be, before the run
-    from acs_fast.curriculum import distill  # deferred: --help starts without torch
+    from acs_fast.curriculum import Run, distill  # deferred: --help starts without torch
     from acs_fast.distributed import join
     from acs_fast.log import Log
     from acs_fast.session import Session
@@ -178,6 +179,9 @@ def run_distill(args: argparse.Namespace) -> None:
     with join(config.device) as ranks, Stopping() as stopping:
         log = Log(Path(config.out), ranks.rank, config.log_json)
         session = Session(ranks, stopping.check, log.event)
+        if args.plan:
+            Run(config, args.overwrite, session).show_plan()
+            return
         out = distill(config, overwrite=args.overwrite, session=session)
     if not ranks.leads:
         return

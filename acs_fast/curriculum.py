@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from acs_fast.augment import to_device
 from acs_fast.config import DistillConfig, InputError, resolve
 from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
+from acs_fast.estimate import make_plan
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
 from acs_fast.images import Images
@@ -31,13 +31,13 @@ from acs_fast.networks import checkpoint_path, dtype_name, resolve_dtype
 from acs_fast.output import Output
 from acs_fast.plan import Item, Layout, available_memory, curriculum_ranges, cut
 from acs_fast.report import contact_sheet
-from acs_fast.resume import add_samples, find_missing, own_batches
+from acs_fast.resume import Left, add_samples, find_missing, own_batches
 from acs_fast.samples import Samples
 from acs_fast.session import Session
 from acs_fast.shards import SHARD
 from acs_fast.steering import Steering
 from acs_fast.stopping import Stopped
-from acs_fast.writer import RUN_CONFIG, claim, is_record, lock, read_json, sweep, write_atomic
+from acs_fast.writer import RUN_CONFIG, check_same, claim, is_record, lock, read_json, sweep, write_atomic
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 # settings whose `auto` is resolved by measurement or by the machine: a run that is continued keeps its own
@@ -118,27 +118,52 @@ class Run:
         return config
 
     def start(self) -> None:
-        """Take the run folder, find what is missing in it, and print the plan."""
+        """Take the run folder, find what is missing in it, make ready for it, and print the plan."""
         measured = self._choose()
         stored = self.ranks.lead(self._claim)
-        record, missing, needed, files = self.ranks.lead(self._find_missing)
-        self.samples.files, self.needed = files, needed
-        self.missing: dict[int, np.ndarray] = missing
+        self.left = self.ranks.lead(lambda: self._find_left(mend=True))
+        self.samples.files = self.left.files
         self.batches = {
-            curriculum: own_batches(numbers, self.ranks, self.bucket)
-            for curriculum, numbers in missing.items()
+            number: own_batches(numbers, self.ranks, self.bucket)
+            for number, numbers in self.left.missing.items()
         }
         self.manifest = Manifest(self.out, self.images, self.ranks.rank)
-        left = sum(map(len, missing.values()))
-        self.session.event("start", num_ranks=self.ranks.num_ranks, missing=left, total=self.layout.total)
+        left, total = self.left.images, self.layout.total
+        self.session.event("start", num_ranks=self.ranks.num_ranks, missing=left, total=total)
         if left:
             if self.ranks.leads:
-                warn_of_other_code(stored, record)
+                warn_of_other_code(stored, self._record())
                 print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
             self.steering.prepare()
+        self._print_plan()
+
+    def show_plan(self) -> None:
+        """Print the plan of what is left, and write nothing."""
+        self._choose()
+        if not self.overwrite and (self.out / RUN_CONFIG).is_file():
+            self.ranks.lead(lambda: check_same(self.out, self._record()))
+        self.left = self.ranks.lead(lambda: self._find_left(mend=False))
+        self._print_plan()
+
+    def _print_plan(self) -> None:
+        """The plan, from a few steps timed on every rank at once, as the run will be."""
+        if self.left.images:
             self.generator.prepare(self.bucket, self.class_labels)
+        plan = make_plan(
+            self.config,
+            self.generator,
+            self.layout,
+            bucket=self.bucket,
+            num_ranks=self.ranks.num_ranks,
+            missing={number: len(numbers) for number, numbers in self.left.missing.items()},
+            trained=len(self.left.untrained),
+            trains_real=self.left.trains_real,
+            out=self.out,
+        )
         if self.ranks.leads:
-            print(self._plan(), flush=True)
+            print(plan.text(), flush=True)
+            for warning in plan.warnings():
+                print(f"warning: {warning}", file=sys.stderr)
 
     def _choose(self) -> str:
         """Let rank 0 measure what is measured, and every rank run as it found."""
@@ -162,28 +187,37 @@ class Run:
         """The run's record, that of its start; what cannot run is refused before anything is written."""
         if self.overwrite or not (self.out / RUN_CONFIG).is_file():
             self.generator.check_memory(self.bucket, len(self.classes))
-        self.record = {
+        return claim(self.out, self._record(), self.overwrite)
+
+    @functools.cache  # noqa: B019 (a run lives as long as its process)
+    def _record(self) -> dict[str, Any]:
+        """What the folder is to say of the run; reads all of the model for its digest."""
+        return {
             "config": dataclasses.asdict(with_absolute_paths(self.config)),
             "classes": list(self.classes),
             "class_labels": self.class_labels,
             **self.generator.record(),
             **describe(self.device),
         }
-        return claim(self.out, self.record, self.overwrite)
 
-    def _find_missing(self) -> tuple[Any, dict[int, np.ndarray], dict[int, bool], dict[int, list[range]]]:
-        """The new record; by curriculum missing numbers, if samples are needed, their files."""
-        sweep(self.out)
+    def _find_left(self, mend: bool) -> Left:
+        """What the folder lacks; mend: remove unfinished files and rows of images that are not there."""
+        if mend:
+            sweep(self.out)
         rows = self._rows()
+        if not mend and self.overwrite:
+            rows.places[:] = -1
         missing = find_missing(rows, self.images, self.layout)
-        rows.merge()
+        if mend:
+            rows.merge()
         c, steering = self.config, self.steering
         needed = add_samples(
             missing, self.samples.scan(),
             guided=steering.guided, keep=c.keep_latents, repulsion=c.repulsion > 0,
             is_ready=steering.is_ready,
         )  # fmt: skip
-        return self.record, missing, needed, self.samples.files
+        untrained, trains_real = steering.untrained(missing), steering.trains_real(missing)
+        return Left(missing, needed, self.samples.files, untrained, trains_real)
 
     def sample(self) -> None:
         """Bring every curriculum to its end; decoding and writing go on beside the next batch."""
@@ -197,7 +231,7 @@ class Run:
 
     def sample_curriculum(self, curriculum: int) -> None:
         """Bring curriculum 1..N to its end: train its discriminator if guided, sample what is missing."""
-        if not len(self.missing[curriculum]):
+        if not len(self.left.missing[curriculum]):
             return
         guided = self.steering.guided and curriculum > 1
         guidance = self.steering.guidance(curriculum) if guided else None
@@ -211,7 +245,7 @@ class Run:
                 self.session.check()
                 self._sample_batch(curriculum, numbers, guidance, progress)
             self.output.flush()  # the next discriminator is trained on what lies on the disk
-        self.samples.add(curriculum, batches if self.needed[curriculum] else [], self.ranks)
+        self.samples.add(curriculum, batches if self.left.needed[curriculum] else [], self.ranks)
         seconds = round(time.perf_counter() - started, 3)
         self.session.event("curriculum", number=curriculum, images=images, seconds=seconds)
 
@@ -264,8 +298,8 @@ class Run:
             }
             for item in batch
         ]
-        locate = partial(self.generator.first_non_finite, *inputs, guidance)
-        path = self.samples.path(curriculum, numbers) if self.needed[curriculum] else None
+        locate = functools.partial(self.generator.first_non_finite, *inputs, guidance)
+        path = self.samples.path(curriculum, numbers) if self.left.needed[curriculum] else None
         self.output.submit(samples, path, rows, scores, locate)
         self.sampled += len(batch)
         seconds = round(time.perf_counter() - started, 3)
@@ -295,7 +329,7 @@ class Run:
         waited = f", {self.waited:.1f} s of it waiting for files" if self.waited >= 0.1 else ""
         if real is not None and real.waited >= 0.1:
             waited += f", {real.waited:.1f} s waiting for real images"
-        now = f"{sum(map(len, self.missing.values()))} of them sampled now"
+        now = f"{self.left.images} of them sampled now"
         print(f"{self.out}: {self.layout.total} images, {now}, in {seconds:.1f} s{waited}")
 
     def out_of_memory(self) -> str:
@@ -306,19 +340,6 @@ class Run:
         return (
             out_of_memory(self.bucket, min(fits, self.bucket - 1)) + ", in another --out or with --overwrite"
         )
-
-    def _plan(self) -> str:
-        c, batches = self.config, sum(-(-len(numbers) // self.bucket) for numbers in self.missing.values())
-        guidance = "none"
-        if self.steering.guided:
-            guidance = (
-                f"{c.objective}, {c.guidance_scale:g} x {c.trust_radius}, jacobian {c.jacobian}, "
-                f"t/T {c.guidance_window[0]:g} to {c.guidance_window[1]:g}"
-            )
-        images = f"{self.layout.total} images ({len(self.classes)} classes x {c.ipc})"
-        steps = f"{c.sampler} with {c.num_sampling_steps} steps, CFG {c.cfg_scale:g}, guidance: {guidance}"
-        work = f"{batches * c.num_sampling_steps} denoiser calls on {self.device}"
-        return f"plan: {images} in {c.num_curricula} curricula\n      {steps}\n      {work}"
 
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:

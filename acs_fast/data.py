@@ -101,7 +101,7 @@ def imagenet_classes() -> tuple[str, ...]:
 def parse_classes(text: str) -> tuple[str, ...]:
     """The names that `--classes` gives: comma-separated ones, those of a text file, or of a built-in list.
 
-    A text file has one a line; the lists are `imagewoof`, `imagenette` and `imagenet1k`.
+    A text file has one a line; the lists are `imagewoof`, `imagenette`, `imagenet100` and `imagenet1k`.
 
     Raises InputError for a file that cannot be read, no name at all, or one that is no plain folder name.
     """
@@ -109,6 +109,8 @@ def parse_classes(text: str) -> tuple[str, ...]:
         return tuple(LISTS[text].split())
     if text == "imagenet1k":
         return imagenet_classes()
+    if text == "imagenet100":  # not sorted: the label order of the field
+        return tuple((ASSETS / "imagenet100_classes.txt").read_text().split())
     if os.path.isfile(text) or ("," not in text and ("/" in text or text.endswith(".txt"))):
         return read_class_list(Path(text))
     names = tuple(name.strip() for name in text.split(",") if name.strip())

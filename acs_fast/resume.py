@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -12,6 +13,27 @@ from acs_fast.images import Images
 from acs_fast.manifest import Rows
 from acs_fast.plan import Layout, cut
 from acs_fast.samples import Samples
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of a run, as rank 0 found it in the folder.
+
+    missing: by curriculum the numbers of the images to sample. needed: whether its samples are. files: where
+    samples lie. untrained: the curricula whose discriminator is still to be trained; trains_real: f_real is.
+    """
+
+    missing: dict[int, np.ndarray]
+    needed: dict[int, bool]
+    files: dict[int, list[range]]
+    untrained: tuple[int, ...]
+    trains_real: bool
+
+    @property
+    def images(self) -> int:
+        """Still to be sampled."""
+        return sum(map(len, self.missing.values()))
+
 
 SHOWN_FROM = 5000  # images whose check is worth a progress bar
 

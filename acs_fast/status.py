@@ -25,10 +25,7 @@ from acs_fast.plan import Layout, curriculum_ranges
 from acs_fast.writer import LOCK, MANIFEST, RUN_CONFIG, is_record, read_json
 
 NAMED = 5  # images that are named; the others are counted
-TRIES, PAUSE = (
-    20,
-    0.05,
-)  # a folder that changes while it is read is read again, so often, after so many seconds
+TRIES, PAUSE = 100, 0.05  # a folder that changes while it is read is read again, after so many seconds
 
 
 @dataclass(frozen=True)

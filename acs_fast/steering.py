@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,6 +70,17 @@ class Steering:
         names = [str(curriculum)] + (["real"] if self.config.objective == "learnability" else [])
         recorded = str(curriculum) in read_curricula(self.out)
         return recorded and all(map(self.classifiers.is_trained, names))
+
+    def untrained(self, missing: dict[int, np.ndarray]) -> tuple[int, ...]:
+        """The curricula with images to sample that lack their discriminator."""
+        wanted = [i for i in missing if i > 1 and len(missing[i])] if self.guided else []
+        return tuple(i for i in wanted if not self.classifiers.is_trained(str(i)))
+
+    def trains_real(self, missing: dict[int, np.ndarray]) -> bool:
+        """Whether f_real is wanted and not there."""
+        wanted = self.guided and any(len(missing[i]) for i in missing if i > 1)
+        learnable = self.config.objective == "learnability"
+        return wanted and learnable and not self.classifiers.is_trained("real")
 
     def guidance(self, curriculum: int) -> Guidance:
         """The guidance of curriculum 2..N, its classifiers trained first where the folder lacks them."""

@@ -159,18 +159,21 @@ def claim(out: Path, record: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     path = out / RUN_CONFIG
     record = json.loads(json.dumps(record))
     if path.is_file() and not overwrite:
-        stored = read_json(path)
-        difference = config_difference(stored, record)
-        if difference:
-            raise InputError(
-                f"{out} holds a run of another configuration ({difference}); "
-                "give another --out, or --overwrite"
-            )
-        return stored
+        return check_same(out, record)
     if path.is_file():
         clear(out)
     write_json(path, record)
     return record
+
+
+def check_same(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record in a run folder; InputError for a run of another configuration."""
+    stored = read_json(out / RUN_CONFIG)
+    if difference := config_difference(stored, json.loads(json.dumps(record))):
+        raise InputError(
+            f"{out} holds a run of another configuration ({difference}); give another --out, or --overwrite"
+        )
+    return stored
 
 
 def config_difference(stored: Any, record: dict[str, Any]) -> str:

@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from acs_fast import ops
 from acs_fast.attention import Attention
 from acs_fast.bench import measure, subject, timing
-from acs_fast.bench.subject import denoiser_flops, random_dit
+from acs_fast.bench.subject import random_dit
 from acs_fast.bench.timing import Run, gemm_runs, interleaved, memory_mb, operator_calls
 from acs_fast.cli import main
 from acs_fast.config import BenchConfig, DistillConfig
 from acs_fast.denoiser import Denoiser
 from acs_fast.discriminator import Trainer
 from acs_fast.engine import StepEngine
+from acs_fast.estimate.flop import denoiser_flops
 from acs_fast.models import classifier
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiTConfig, official_config

@@ -73,7 +73,8 @@ def test_help_shows_the_defaults_in_effect(capsys, monkeypatch) -> None:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text[command] = " ".join(capsys.readouterr().out.split())
-    assert "(default 7.25, " in text["distill"] and "(default 0.1 0.7)" in text["distill"]
+    assert "(default 7.25, " in text["distill"]
+    assert "(default 0.1 0.7, 0.204 0.917 with preset imagewoof, " in text["distill"]
     assert "(hard-adamw with preset digits)" in text["evaluate"]
     assert f"(default {TrainConfig().out})" in text["train"]
     assert "default ()" not in text["evaluate"]

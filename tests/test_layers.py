@@ -16,7 +16,7 @@ ORDER = [
     ["cli"],
     ["evaluation"],
     ["curriculum", "bench", "encoding", "status"],
-    ["steering"],
+    ["steering", "estimate"],
     ["generator", "training", "report", "protocol", "output", "resume"],
     ["engine"],
     ["sampler", "denoiser"],

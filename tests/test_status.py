@@ -293,6 +293,9 @@ def test_an_image_without_a_file_of_its_own_is_asked_for(out: Path, monkeypatch)
         def read(self, key: Key) -> bytes | None:
             return repr(key).encode() if key == ("3", 2) else super().read(key)
 
+        def holds(self, key: Key) -> bool:
+            return key == ("3", 2) or super().holds(key)
+
     monkeypatch.setattr(status, "Images", Packed)
     found = status.status(out, verify=True)
     assert found.missing.first == ("3/0", "3/1", "3/3") and found.damaged is not None

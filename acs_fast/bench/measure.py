@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from acs_fast.bench import check
 from acs_fast.bench.check import Batch, last
-from acs_fast.bench.subject import denoiser_flops, make_subject, sized
+from acs_fast.bench.subject import make_subject, sized
 from acs_fast.bench.timing import (
     Run,
     figure,
@@ -38,6 +38,7 @@ from acs_fast.config import BenchConfig, DistillConfig, InputError
 from acs_fast.discriminator import Trainer
 from acs_fast.engine import StepEngine
 from acs_fast.environment import describe, resolve_device
+from acs_fast.estimate.flop import denoiser_flops
 from acs_fast.generator import ImageGenerator, out_of_memory
 from acs_fast.guidance import Guidance
 from acs_fast.models.classifier import build_classifier

@@ -112,15 +112,3 @@ def random_vae(tiny: bool, model: DiT) -> VAE | None:
     if device.type == "cuda":  # as `load_vae` has it
         module = module.to(vae_dtype(model)).to(memory_format=torch.channels_last)
     return VAE(module)
-
-
-def denoiser_flops(shape: DiTConfig) -> int:
-    """2 x multiply-add of the lean denoiser for one image: both branches of CFG, its patches embedded once.
-
-    The modulations and the embedders of timestep and label are not in it: a table holds them.
-    """
-    d, tokens = shape.hidden_size, (shape.input_size // shape.patch_size) ** 2
-    patch = shape.in_channels * shape.patch_size**2
-    outputs = patch * (2 if shape.learn_sigma else 1)
-    branch = shape.depth * (2 * tokens * d * 12 * d + 4 * tokens * tokens * d) + 2 * tokens * d * outputs
-    return 2 * branch + 2 * tokens * patch * d

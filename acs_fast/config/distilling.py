@@ -48,7 +48,7 @@ class DistillConfig:
     classes: str | None = option(
         None,
         "class names or label numbers, comma-separated, a text file with one a line (ImageNet: wnids) or one "
-        "of the lists imagewoof, imagenette, imagenet1k; "
+        "of the lists imagewoof, imagenette, imagenet100, imagenet1k; "
         "default: all of the model's",
     )
     ipc: int = option(10, "images per class")
