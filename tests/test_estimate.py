@@ -303,7 +303,7 @@ def test_images_in_shards_are_as_large_as_those_of_one(tmp_path: Path) -> None:
     assert needs.image_bytes(tmp_path, "wds", 1)[1] == 0  # loose ones are no shard
     images.pack(1, 0, keys)
     size, count = needs.image_bytes(tmp_path, "wds", 1)
-    assert count == 3 and size == (tmp_path / "images" / "1-0.tar").stat().st_size / 3
+    assert count == 3 and size == (tmp_path / "images" / "01-00000.tar").stat().st_size / 3
     assert size == pytest.approx(5000 + 1792, rel=0.3)  # and the end of the archive
 
 
