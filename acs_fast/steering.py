@@ -115,7 +115,8 @@ class Steering:
         c, (channels, size) = self.config, self.generator.seen_shape()
         vae = self.generator.vae if self.generator.seen_by is None else None
         needed = c.objective in REAL_OBJECTIVES
-        at_hand = vae is None and ((channels, size) == (1, 8) if c.real == DIGITS else True)
+        digits = (channels, size) == (1, 8) and set(self.classes) <= set("0123456789")
+        at_hand = vae is None and (digits if c.real == DIGITS else True)
         if not needed and not at_hand:
             return None
         if vae is not None:  # the discriminator sees latents: those of images of this size
