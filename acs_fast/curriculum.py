@@ -25,8 +25,9 @@ from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
 from acs_fast.images import Images
 from acs_fast.loader import resolve_loader
-from acs_fast.manifest import Manifest, Rows, read_rows
+from acs_fast.manifest import Manifest, Rows
 from acs_fast.models.checkpoint import read_config
+from acs_fast.models.dit import DiTConfig
 from acs_fast.networks import checkpoint_path, dtype_name, resolve_dtype
 from acs_fast.output import Output
 from acs_fast.plan import Item, Layout, available_memory, curriculum_ranges, cut
@@ -36,7 +37,7 @@ from acs_fast.samples import Samples
 from acs_fast.session import Session
 from acs_fast.shards import SHARD
 from acs_fast.steering import Steering
-from acs_fast.stopping import Stopped
+from acs_fast.stopping import RankLost, Stopped
 from acs_fast.writer import RUN_CONFIG, check_same, claim, is_record, lock, read_json, sweep, write_atomic
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -66,12 +67,11 @@ def distill(config: DistillConfig, overwrite: bool = False, session: Session | N
             run.finish()
             run.note_end(time.perf_counter() - started)
     except Stopped as stopped:
-        session.event("stop", signal=stopped.signum)
-        count = f"{len(read_rows(out))} of {run.layout.total}" if run else "no"
-        written = f"{count} images are written"
-        raise Stopped(stopped.signum, f"{written}; run the same command again to continue") from None
+        raise stop(stopped, session, run) from None
     except RuntimeError as error:
-        session.check()  # the other ranks were asked to stop too
+        died = isinstance(error, RankLost) and error.died
+        if not died and (asked := session.asked()):  # and so was the rank that has ended
+            raise stop(asked, session, run) from None
         session.event("error", text=str(error))
         if not is_out_of_memory(error):
             raise
@@ -80,12 +80,24 @@ def distill(config: DistillConfig, overwrite: bool = False, session: Session | N
     return out
 
 
+def stop(stopped: Stopped, session: Session, run: Run | None) -> Stopped | RankLost:
+    """What a run ends with that was asked to stop: by a scheduler, or by torchrun because a rank has died."""
+    session.event("stop", signal=stopped.signum)
+    if dead := session.ranks.leaving():
+        return RankLost(dead)
+    if not session.ranks.leads:
+        return Stopped(stopped.signum)
+    written = f"{run.written()} of {run.layout.total}" if run else "no"
+    return Stopped(stopped.signum, f"{written} images are written; run the same command again to continue")
+
+
 class Run:
     """One distillation: the model, the classes, the curricula and the folder it is written to."""
 
     def __init__(self, config: DistillConfig, overwrite: bool = False, session: Session | None = None):
         self.session = session or Session()
         self.ranks, self.out, self.overwrite = self.session.ranks, Path(config.out), overwrite
+        self.ranks.lead(lambda: str(resolve_device(config.device)))  # what is wrong everywhere is said once
         self.device = resolve_device(config.device)
         given, config = config, self.ranks.lead(lambda: self._resolved(config))
         names = [name for name in ("attention", "compile") if getattr(given, name) != getattr(config, name)]
@@ -93,8 +105,7 @@ class Run:
         self.generator = ImageGenerator(config, self.device)
         self.config = config = self.generator.config
         shape = self.generator.shape
-        known = shape.classes or tuple(map(str, range(shape.num_classes)))
-        self.classes, self.class_labels = select_classes(known, config.classes)
+        self.classes, self.class_labels = select_classes(class_names(shape), config.classes)
         self.layout = Layout(len(self.classes), tuple(curriculum_ranges(config.ipc, config.num_curricula)))
         assert config.batch_size is not None
         sizes = [self.layout.size(i) for i in range(1, config.num_curricula + 1)]
@@ -112,8 +123,10 @@ class Run:
             config = keep_resolved(config, self.out, self.device)
         if config.real != DIGITS and config.guidance_scale > 0:  # else nothing is loaded
             config = dataclasses.replace(config, loader=resolve_loader(config.loader))
-        if self.ranks.num_ranks > 1 and config.dtype == "auto":
-            dtype = resolve_dtype("auto", self.device, read_config(checkpoint_path(config.model)))
+        if self.ranks.num_ranks > 1:
+            shape = read_config(checkpoint_path(config.model))  # the others find what this downloads
+            select_classes(class_names(shape), config.classes)
+            dtype = resolve_dtype(config.dtype, self.device, shape)
             config = dataclasses.replace(config, dtype=dtype_name(dtype))
         return config
 
@@ -132,7 +145,7 @@ class Run:
         self.session.event("start", num_ranks=self.ranks.num_ranks, missing=left, total=total)
         if left:
             if self.ranks.leads:
-                warn_of_other_code(stored, self._record())
+                warn_of_other_code(stored, self._record)
                 print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
             self.steering.prepare()
         self._print_plan()
@@ -140,8 +153,7 @@ class Run:
     def show_plan(self) -> None:
         """Print the plan of what is left, and write nothing."""
         self._choose()
-        if not self.overwrite and (self.out / RUN_CONFIG).is_file():
-            self.ranks.lead(lambda: check_same(self.out, self._record()))
+        self.ranks.lead(self._check_same)
         self.left = self.ranks.lead(lambda: self._find_left(mend=False))
         self._print_plan()
 
@@ -165,17 +177,13 @@ class Run:
             for warning in plan.warnings():
                 print(f"warning: {warning}", file=sys.stderr)
 
+    def _check_same(self) -> None:
+        if not self.overwrite and (self.out / RUN_CONFIG).is_file():
+            check_same(self.out, self._record)
+
     def _choose(self) -> str:
         """Let rank 0 measure what is measured, and every rank run as it found."""
-        try:
-            measured = self.ranks.lead(lambda: self.generator.choose(self.bucket))
-        except InputError as error:
-            if not self.kept:
-                raise
-            raise InputError(
-                f"{self.out} was begun with {' '.join(self.kept)}, which does not go here ({error}); "
-                "continue it where it was begun or give another --out"
-            ) from error
+        measured = self.ranks.lead(self._measured)
         config = self.ranks.lead(lambda: self.generator.config)
         if not self.ranks.leads:
             self.generator.config = config
@@ -183,13 +191,24 @@ class Run:
         self.config = self.generator.config
         return measured
 
+    def _measured(self) -> str:
+        try:
+            return self.generator.choose(self.bucket)
+        except InputError as error:
+            if not self.kept:
+                raise
+            raise InputError(
+                f"{self.out} was begun with {' '.join(self.kept)}, which does not go here ({error}); "
+                "continue it where it was begun or give another --out"
+            ) from error
+
     def _claim(self) -> dict[str, Any]:
         """The run's record, that of its start; what cannot run is refused before anything is written."""
         if self.overwrite or not (self.out / RUN_CONFIG).is_file():
             self.generator.check_memory(self.bucket, len(self.classes))
-        return claim(self.out, self._record(), self.overwrite)
+        return claim(self.out, self._record, self.overwrite)
 
-    @functools.cache  # noqa: B019 (a run lives as long as its process)
+    @functools.cached_property
     def _record(self) -> dict[str, Any]:
         """What the folder is to say of the run; reads all of the model for its digest."""
         return {
@@ -263,13 +282,19 @@ class Run:
         self.ranks.barrier()
         if self.config.keep_latents:
             self.samples.keep(self.ranks)
-        if self.ranks.leads:
-            self._rows().merge()
-            if not self.config.keep_latents:
-                self.samples.remove()
-            self.images.sweep()
-            sheet = contact_sheet(self.images, self.classes, self.layout.ranges)
-            write_atomic(self.out / "contact_sheet.png", sheet)
+        self.ranks.lead(self._finish)
+
+    def _finish(self) -> None:
+        self._rows().merge()
+        if not self.config.keep_latents:
+            self.samples.remove()
+        self.images.sweep()
+        sheet = contact_sheet(self.images, self.classes, self.layout.ranges)
+        write_atomic(self.out / "contact_sheet.png", sheet)
+
+    def written(self) -> int:
+        """Images that are written, of all ranks, as far as they are done."""
+        return int((self._rows().places[:, 0] >= 0).sum())
 
     def _sample_batch(
         self, curriculum: int, numbers: range, guidance: Guidance | None, progress: tqdm[Any]
@@ -313,7 +338,7 @@ class Run:
             known = name in positions and 0 <= index < self.config.ipc
             return self.layout.number(Item(positions[name], index)) if known else None
 
-        return Rows(self.out, order, self.layout.total)
+        return Rows(self.out, order, self.layout.total, self.ranks.num_ranks)
 
     def note_end(self, seconds: float) -> None:
         """Say what was done, and what sampling and training waited for."""
@@ -340,6 +365,11 @@ class Run:
         return (
             out_of_memory(self.bucket, min(fits, self.bucket - 1)) + ", in another --out or with --overwrite"
         )
+
+
+def class_names(shape: DiTConfig) -> tuple[str, ...]:
+    """A model's classes by label: their numbers where it has no names."""
+    return shape.classes or tuple(map(str, range(shape.num_classes)))
 
 
 def with_absolute_paths(config: DistillConfig) -> DistillConfig:

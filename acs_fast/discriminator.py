@@ -75,8 +75,6 @@ class Classifiers:
         if state is None:
             initial, started = (network if previous is None else previous()).state_dict(), time.perf_counter()
             state = self._train_together(name, title, initial, feed, steps)
-            if self.ranks.leads:
-                write_tensors(self._path(name), state)
             seconds = round(time.perf_counter() - started, 3)
             self.session.event("discriminator", name=name, seconds=seconds)
         network.load_state_dict(state)
@@ -90,40 +88,47 @@ class Classifiers:
         feed: Callable[[int], Generator[Examples]],
         steps: int,
     ) -> dict[str, Any]:
-        """The weights, on the CPU: trained on every rank's part of the batches, or on rank 0 alone."""
+        """The weights, on the CPU, put into the folder: trained on every rank's part of the batches, or on
+        rank 0 alone. InputError if they are not finite."""
         batches = feed(self._seed(name))  # collects the samples of all ranks
 
         def train() -> dict[str, Any]:
             return {key: value.cpu() for key, value in self._train(title, initial, batches, steps).items()}
 
-        if self.learners.num_ranks == 1:
-            state = self.ranks.lead(train)
-            batches.close()
+        own = train() if self.learners.num_ranks > 1 else None
+
+        def keep() -> dict[str, Any]:
+            state = train() if own is None else own  # equal on all ranks but for surprises
+            if not all(bool(torch.isfinite(values).all()) for values in state.values()):
+                raise InputError(
+                    f"{title}: the trained weights are not finite; lower --discriminator-lr, which is "
+                    f"{self.config.discriminator_lr:g}, or check the images it was trained on"
+                )
+            write_tensors(self._path(name), state)
             return state
-        own = train()
-        return self.ranks.lead(lambda: own)  # equal on all of them but for surprises
+
+        state = self.ranks.lead(keep)
+        batches.close()  # of a rank that did not train
+        return state
 
     def _train(
         self, title: str, initial: dict[str, Any], batches: Generator[Examples], steps: int
     ) -> dict[str, Any]:
-        """The weights that training from `initial` ends with; InputError if they are not finite."""
-        c = self.config
+        """The weights that training from `initial` ends with."""
         self.trainer = self.trainer or Trainer(self.build("trainer"), ranks=self.learners)
-        losses = self.trainer.learn(initial, batches, steps=steps, lr=c.discriminator_lr)
+        losses = self.trainer.learn(initial, batches, steps=steps, lr=self.config.discriminator_lr)
         quiet = None if self.ranks.leads else True
         with tqdm(losses, total=steps, desc=title, unit="step", disable=quiet) as progress:
             for step, loss in enumerate(progress, start=1):
-                self.session.check()
-                if step % SHOWN_EVERY == 0 or step == steps:
+                shown = step % SHOWN_EVERY == 0 or step == steps
+                if self.learners.num_ranks == 1:
+                    self.session.check()
+                elif shown:
+                    self.session.check_together()
+                if shown:
                     progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         batches.close()  # ends the threads that read ahead
-        state = self.trainer.network.state_dict()
-        if not all(bool(torch.isfinite(values).all()) for values in state.values()):
-            raise InputError(
-                f"{title}: the trained weights are not finite; lower --discriminator-lr, which is "
-                f"{c.discriminator_lr:g}, or check the images it was trained on"
-            )
-        return state
+        return self.trainer.network.state_dict()
 
     def is_trained(self, name: str) -> bool:
         """Whether the folder holds the classifier, readable."""

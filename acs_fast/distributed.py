@@ -1,19 +1,17 @@
 """Ranks: the processes that share a run, started by torchrun. A process alone is rank 0 of 1.
 
 Tensors travel by NCCL on GPUs and by gloo on CPUs, everything else by gloo. Every rank calls the methods of
-`Ranks` in the same order. A rank that dies is named by the others, which end: its connections break, or its
-heartbeat stops (a machine that is gone breaks nothing).
+`Ranks` in the same order: what a rank decides by is what all have been told, never what it finds in a folder.
+A rank that dies is named by the others, which end (`heartbeat`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
-import socket
-import sys
-import threading
-import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from acs_fast.config import InputError
-from acs_fast.stopping import RankLost
+from acs_fast.heartbeat import Watch
+from acs_fast.stopping import RankLost, Stopped
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)  # of a collective: ranks wait for one another, the heartbeat watches them
-BEAT, SILENCE = 1.0, 30.0  # seconds between heartbeats, and without one after which a rank is dead
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,14 @@ class Ranks:
         """Whether this is the rank that writes what exists once."""
         return self.rank == 0
 
+    def shares(self, count: int) -> list[range]:
+        """Each rank's part of 0..count-1: parts are contiguous and differ by one at most."""
+        n = self.num_ranks
+        return [range(count * rank // n, count * (rank + 1) // n) for rank in range(n)]
+
     def share(self, count: int) -> range:
-        """This rank's part of 0..count-1: parts are contiguous and differ by one at most."""
-        return range(count * self.rank // self.num_ranks, count * (self.rank + 1) // self.num_ranks)
+        """This rank's part."""
+        return self.shares(count)[self.rank]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -89,21 +92,20 @@ class Ranks:
         parts = zip(every, sizes, strict=True)
         return [pickle.loads(bytes(part[: int(size)].numpy())) for part, size in parts]
 
-    def gather(self, own: Tensor, count: int) -> Tensor:
-        """All rows 0..count-1 from each rank's `share(count)` of them, in order: an all-gather.
+    def gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks, in the order of the ranks: an all-gather.
 
-        own: [n, ...] on the device of the ranks, or on the CPU.
+        own: [counts[rank], ...] on the device of the ranks, or on the CPU; counts: of every rank.
         """
         if self.num_ranks == 1:
             return own
-        parts = [Ranks(rank, self.num_ranks).share(count) for rank in range(self.num_ranks)]
-        most = max(map(len, parts))
+        most = max(counts)
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own
-        every = [torch.empty_like(padded) for _ in parts]
+        every = [torch.empty_like(padded) for _ in counts]
         with self._named():
             dist.all_gather(every, padded)
-        return torch.cat([piece[: len(part)] for piece, part in zip(every, parts, strict=True)])
+        return torch.cat([piece[:count] for piece, count in zip(every, counts, strict=True)])
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, in place and in one all-reduce; may be captured."""
@@ -125,69 +127,12 @@ class Ranks:
                 raise
             raise RankLost(self.watch.lost()) from error
 
+    def leaving(self) -> str:
+        """The sentence that names ranks that have died, empty if none has, for a rank that was asked to stop.
 
-class Watch:
-    """Heartbeats: each rank counts up its key in the store that torchrun keeps, and looks at the others'."""
-
-    def __init__(self, rank: int, num_ranks: int, store: Any, silence: float = SILENCE):
-        self.rank, self.num_ranks, self.store, self.silence = rank, num_ranks, store, silence
-        store.set(f"name/{rank}", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
-        store.add(f"beat/{rank}", 1)
-        self._seen: dict[int, tuple[int, float]] = {}
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """This rank has ended as it should; the others need not miss it."""
-        self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"name/{self.rank}", "")
-
-    def lost(self) -> str:
-        """The sentence that names the ranks whose heart has stopped, after some seconds to see it."""
-        with contextlib.suppress(RuntimeError):
-            self._silent(0.0)
-            time.sleep(4 * BEAT)
-            if silent := self._silent(3 * BEAT):
-                return sentence(silent)
-        return "another rank has ended, so this one stops; run the same command again to continue"
-
-    def _silent(self, seconds: float) -> list[str]:
-        """The names of ranks whose count has not moved for so long."""
-        found = []
-        with self._lock:
-            for rank in range(self.num_ranks):
-                count, now = int(self.store.add(f"beat/{rank}", 0)), time.monotonic()
-                if rank not in self._seen or self._seen[rank][0] != count:
-                    self._seen[rank] = count, now
-                elif now - self._seen[rank][1] >= seconds > 0 and rank != self.rank:
-                    found.append(rank)
-            names = [self._name(rank) for rank in found]
-        return [name for name in names if name]
-
-    def _name(self, rank: int) -> str:
-        key = f"name/{rank}"
-        return self.store.get(key).decode() if self.store.check([key]) else f"rank {rank}"
-
-    def _run(self) -> None:
-        while not self._ended.wait(BEAT):
-            try:
-                self.store.add(f"beat/{self.rank}", 1)
-                silent = self._silent(self.silence)
-                text = sentence(silent) if silent else ""
-            except RuntimeError:  # the store is torchrun's, on the first machine
-                text = "torchrun or the machine of rank 0 is gone; run the same command again to continue"
-            if text and not self._ended.is_set():
-                print(f"acs-fast: {text}", file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread may wait for that rank for ever; what is written is whole
-
-
-def sentence(names: Sequence[str]) -> str:
-    """What is said of dead ranks."""
-    return f"{' and '.join(names)} has died, so this one stops; run the same command again to continue"
+        The others do not miss it from now on; it takes some seconds to see who has died.
+        """
+        return "" if self.watch is None else self.watch.leaving()
 
 
 @contextlib.contextmanager
@@ -201,19 +146,53 @@ def join(device: str) -> Iterator[Ranks]:
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        local, found = dist.get_node_local_rank(fallback_rank=0), torch.cuda.device_count()
-        if local >= found:
-            raise InputError(
-                f"torchrun started more processes here than there are GPUs, which are {found}; "
-                f"give --nproc-per-node {found}"
-            )
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    store: Any = dist.distributed_c10d._get_default_store()
-    watch = Watch(dist.get_rank(), dist.get_world_size(), store.clone())
+        take_gpu()
+    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # a connection of its own: through the other one this process waits for ranks that are late
+    watch = Watch(rank, num_ranks, dist.PrefixStore("acs-fast", store.clone()))
+    ranks, failure = Ranks(rank, num_ranks, watch), None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), watch)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        with ranks._named():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=PATIENCE)
+        yield ranks
+    except BaseException as error:
+        failure = error
+        raise
     finally:
-        watch.close()
-        with contextlib.suppress(RuntimeError):
+        watch.close(ended_well=failure is None or isinstance(failure, Stopped))
+        leave(on_gpu, failure)
+
+
+def take_gpu() -> None:
+    """Make this rank's own GPU the one that it computes on; InputError where a machine has too few."""
+    local, wanted = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])  # torchrun's
+    found = torch.cuda.device_count()
+    if wanted > found:
+        error: Any = InputError(
+            f"torchrun started {wanted} processes here, where there are {found} GPUs; "
+            f"give --nproc-per-node {found}"
+        )
+        error.told = local > 0
+        raise error
+    torch.cuda.set_device(local)
+
+
+def leave(on_gpu: bool, failure: BaseException | None) -> None:
+    """Close the connections of this rank, after a failure without waiting for the others.
+
+    NCCL waits for the end of every captured graph that holds a call of it, so they must be gone before.
+    """
+    if on_gpu:
+        error = failure
+        while error is not None:  # their frames hold graphs
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        gc.collect()
+    if not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):
+        if on_gpu and failure is not None:
+            dist.distributed_c10d._abort_process_group()
+        else:
             dist.destroy_process_group()

@@ -22,11 +22,16 @@ OPTIONAL_PACKAGES = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; InputError for `cuda` without one."""
+    """`auto` is CUDA where there is one, else the CPU; InputError for `cuda` without one.
+
+    A GPU comes with its number: another thread's own is the first one.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_name(device: torch.device) -> str:

@@ -47,11 +47,12 @@ class Manifest:
 class Rows:
     """The rows of a run folder, by the images' numbers: where each lies, not what it says.
 
-    order: the number 0..total-1 of an image, None for one that is not of the run.
+    order: the number 0..total-1 of an image, None for one that is not of the run. num_ranks: the processes
+    whose files are there though the folder's listing may not have them yet, as on a network.
     """
 
-    def __init__(self, out: Path, order: Callable[[str, int], int | None], total: int):
-        self.out, self.files = out, row_files(out)
+    def __init__(self, out: Path, order: Callable[[str, int], int | None], total: int, num_ranks: int = 0):
+        self.out, self.files = out, row_files(out, num_ranks)
         self.places = np.full((total, 2), -1, np.int64)  # file, offset
         for number, path in enumerate(self.files):
             for offset, row in rows_of(path):
@@ -93,10 +94,11 @@ class Rows:
                 path.unlink(missing_ok=True)
 
 
-def row_files(out: Path) -> list[Path]:
-    """The merged rows first, then those of the processes."""
+def row_files(out: Path, num_ranks: int = 0) -> list[Path]:
+    """The merged rows first, then those of the processes; those of `num_ranks` are looked for by name."""
     merged = [out / MANIFEST] if (out / MANIFEST).is_file() else []
-    return merged + sorted(out.glob("manifest.*.jsonl"))
+    known = {path for rank in range(num_ranks) if (path := Manifest(out, rank=rank).path).is_file()}
+    return merged + sorted(known.union(out.glob("manifest.*.jsonl")))
 
 
 def read_rows(out: Path) -> dict[Key, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +21,7 @@ from acs_fast.listing import Listing, list_images
 from acs_fast.loader import ordered, resolve_loader, stream
 from acs_fast.models.vae import VAE
 
+SHOWN_LATE = 90  # seconds in which a folder on a network shows a file that was looked for before it was there
 JUDGED = 100  # real images of a class that a discriminator is judged by, at most
 
 
@@ -67,8 +69,11 @@ class RealImages:
         settings |= {"rank": self.ranks.rank, "num_ranks": self.ranks.num_ranks}
         self.cache = write_cache(folder, self.listing, vae, self.size, **settings)
         self.ranks.barrier()
-        if self.cache is None:  # another rank had not ended
-            self.cache = write_cache(folder, self.listing, vae, self.size, **settings)
+        for _ in range(SHOWN_LATE if self.ranks.num_ranks > 1 else 0):
+            if self.cache is None:  # another rank had not ended, or its files do not show here yet
+                self.cache = write_cache(folder, self.listing, vae, self.size, **settings)
+            if self.cache is None:
+                time.sleep(1.0)
         if self.cache is None:
             raise InputError(f"latent cache {folder} is unfinished; let the ranks that encode it end")
 

@@ -65,8 +65,8 @@ def add_samples(
 ) -> dict[int, bool]:
     """Whether each curriculum's samples are needed; images without a needed sample become missing too.
 
-    Samples are needed where they are kept, where a later discriminator is still to be trained on them or to
-    be judged by them, and where later images are still to be repelled from them.
+    Samples are needed where they are kept, and where images of a later curriculum are missing that are to be
+    repelled from them, or whose discriminator is still to be trained on them or to be judged by them.
     """
     needed, later = {}, False
     for curriculum in sorted(missing, reverse=True):
@@ -75,8 +75,8 @@ def add_samples(
             held = samples.held(curriculum)
             held[missing[curriculum]] = False
             missing[curriculum] = np.nonzero(~held)[0]
-        if guided and curriculum > 1:
-            later = later or not is_ready(curriculum) or (repulsion and len(missing[curriculum]) > 0)
+        if guided and curriculum > 1 and len(missing[curriculum]):
+            later = later or repulsion or not is_ready(curriculum)
     return needed
 
 

@@ -95,9 +95,12 @@ class Samples:
         ranks.barrier()
         if ranks.leads:
             names = {self.path(curriculum, part).name for curriculum, part in parts}
-            for path in self.folder.iterdir():
+            known = {
+                self.path(curriculum, part) for curriculum in self.files for part in self.files[curriculum]
+            }
+            for path in known.union(self.folder.iterdir()):  # the folder may show new names late
                 if path.name not in names:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
         self.files = wanted
 
     def remove(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from acs_fast.distributed import Ranks
+from acs_fast.stopping import Stopped
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -22,3 +23,21 @@ class Session:
     ranks: Ranks = field(default_factory=Ranks)
     check: Callable[[], None] = _nothing
     event: Callable[..., None] = _nothing
+
+    def asked(self) -> Stopped | None:
+        """What `check` raises now, if it does."""
+        try:
+            self.check()
+        except Stopped as stopped:
+            return stopped
+        return None
+
+    def check_together(self) -> None:
+        """`check` between steps that ranks share: where one is to stop, it raises on all, after the same step.
+
+        A GPU would else wait for ever for a step's sum that a stopped rank does not send.
+        """
+        own = self.asked()
+        for signum in self.ranks.collect(own and own.signum):
+            if signum is not None:
+                raise Stopped(signum)

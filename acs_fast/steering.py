@@ -24,7 +24,7 @@ from acs_fast.samples import Samples
 from acs_fast.session import Session
 from acs_fast.writer import CURRICULA, write_json
 
-BLOCK = 256  # samples read, and decoded, at a time
+BLOCK = 64  # samples read, and decoded, at a time
 
 
 class Steering:
@@ -147,16 +147,21 @@ class Steering:
         return mixed(sampled, self.real.batches(seed, size - size // 2, learners))
 
     def _judge(self, curriculum: int, discriminator: nn.Module) -> None:
-        """Put what a curriculum's discriminator knows into the record, unless it is there; rank 0 does."""
+        """Put what a curriculum's discriminator knows into the record, unless it is there; rank 0 does.
+
+        No image of the curriculum is written before: where all are there, so is the record.
+        """
         if self.ranks.lead(lambda: str(curriculum) in read_curricula(self.out)):
             return
         sampled = self._sampled_before(curriculum)  # of all ranks
-        if not self.ranks.leads:
-            return
-        newest = self.layout.size(curriculum - 1)
-        real = None if self.real is None else self.real.judged()
-        record = judge(discriminator, sampled, newest, real, self.classes, self.density)
-        write_json(self.out / CURRICULA, {**read_curricula(self.out), str(curriculum): record})
+
+        def write() -> None:
+            newest = self.layout.size(curriculum - 1)
+            real = None if self.real is None else self.real.judged()
+            record = judge(discriminator, sampled, newest, real, self.classes, self.density)
+            write_json(self.out / CURRICULA, {**read_curricula(self.out), str(curriculum): record})
+
+        self.ranks.lead(write)
 
     def _sampled_before(self, curriculum: int) -> tuple[Tensor, Tensor]:
         """The samples of all earlier curricula and the positions of their classes; collected once."""
@@ -173,13 +178,15 @@ class Steering:
         positions = torch.empty(len(seen), dtype=torch.long)
         for earlier in range(1, curriculum):
             first, count = self.layout.start(earlier), self.layout.size(earlier)
-            own = self.ranks.share(count)
-            part = torch.empty(len(own), channels, size, size, device=place)
-            for block in cut(len(own), BLOCK):
-                numbers = range(own.start + block.start, own.start + block.stop)
-                samples = self.samples.read(earlier, numbers).to(self.device)
-                part[block.start : block.stop] = self.generator.seen(samples)
-            seen[first : first + count] = self.ranks.gather(part, count)
+            blocks = cut(count, BLOCK)  # the same for any number of ranks: so is the rounding of a decode
+            counts = [sum(len(blocks[i]) for i in share) for share in self.ranks.shares(len(blocks))]
+            part = torch.empty(counts[self.ranks.rank], channels, size, size, device=place)
+            start = 0
+            for block in (blocks[i] for i in self.ranks.share(len(blocks))):
+                samples = self.samples.read(earlier, block).to(self.device)
+                part[start : start + len(block)] = self.generator.seen(samples)
+                start += len(block)
+            seen[first : first + count] = self.ranks.gather(part, counts)
             each = len(self.layout.ranges[earlier - 1])
             positions[first : first + count] = torch.arange(len(self.classes)).repeat_interleave(each)
         return seen, positions

@@ -27,7 +27,13 @@ class Stopped(Exception):
 
 
 class RankLost(RuntimeError):
-    """Another process of the run has ended; the message names it, if it died, and says what to do."""
+    """Another process of the run has ended. dead: the sentence that names it, if it died."""
+
+    def __init__(self, dead: str = ""):
+        self.died = bool(dead)
+        super().__init__(
+            dead or "another rank has ended, so this one stops; run the same command again to continue"
+        )
 
 
 class Stopping:

@@ -162,6 +162,10 @@ def _batches(
     loader: str,
     device: torch.device,
 ) -> Iterator[Batch]:
+    if not batch_size:  # a rank of more than there are images in a batch
+        images, none = torch.empty(0, channels, size, size, device=device), torch.empty(0, dtype=torch.long)
+        yield from (Batch(images, none.to(device), none) for _ in requests)
+        return
     with ThreadPoolExecutor(4, "read") as readers:
 
         def read(picked: list[tuple[int, Crop]]) -> Request:
