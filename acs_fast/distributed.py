@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -147,9 +146,10 @@ def join(device: str) -> Iterator[Ranks]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         take_gpu()
-    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=PATIENCE))
+    distributed: Any = dist
+    store, rank, num_ranks = next(distributed.rendezvous("env://", timeout=PATIENCE))
     # a connection of its own: through the other one this process waits for ranks that are late
-    watch = Watch(rank, num_ranks, dist.PrefixStore("acs-fast", store.clone()))
+    watch = Watch(rank, num_ranks, distributed.PrefixStore("acs-fast", store.clone()))
     ranks, failure = Ranks(rank, num_ranks, watch), None
     try:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -166,14 +166,13 @@ def join(device: str) -> Iterator[Ranks]:
 
 def take_gpu() -> None:
     """Make this rank's own GPU the one that it computes on; InputError where a machine has too few."""
-    local, wanted = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])  # torchrun's
-    found = torch.cuda.device_count()
-    if wanted > found:
+    local, found = dist.get_node_local_rank(fallback_rank=0), torch.cuda.device_count()
+    if local >= found:
         error: Any = InputError(
-            f"torchrun started {wanted} processes here, where there are {found} GPUs; "
+            f"torchrun started more processes here than there are GPUs, which are {found}; "
             f"give --nproc-per-node {found}"
         )
-        error.told = local > 0
+        error.told = local > found  # the first of those too many says it
         raise error
     torch.cuda.set_device(local)
 

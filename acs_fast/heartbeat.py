@@ -21,7 +21,7 @@ AGAIN = "; run the same command again to continue"
 
 
 class Watch:
-    """The heart of a rank: a key in the store that torchrun keeps, which it counts up; it looks at the others'.
+    """The heart of a rank: a key in torchrun's store, which it counts up; it looks at the others'.
 
     store: its own connection. It ends the process when another rank has died, or the store: the main thread
     may wait for ever for what does not come, and what is written is whole.

@@ -33,11 +33,11 @@ class Session:
         return None
 
     def check_together(self) -> None:
-        """`check` between steps that ranks share: where one is to stop, it raises on all, after the same step.
+        """`check` between steps that ranks share: where one is to stop, all do, after the same step.
 
         A GPU would else wait for ever for a step's sum that a stopped rank does not send.
         """
         own = self.asked()
-        for signum in self.ranks.collect(own and own.signum):
+        for signum in self.ranks.collect(own.signum if own else None):
             if signum is not None:
                 raise Stopped(signum)

@@ -1,7 +1,7 @@
 """Where the time of an ImageNet-1K run goes: sampling, discriminators, waiting, by the real preset.
 
-python -m benchmarks.imagenet_shares                       2,000 images of 1,000 classes by DiT-XL/2, on a GPU
-python -m benchmarks.imagenet_shares --model dit-s-8 --classes 4 --settings '{"num_sampling_steps": 2}'    small
+python -m benchmarks.imagenet_shares    2,000 images of 1,000 classes by DiT-XL/2, on a GPU
+python -m benchmarks.imagenet_shares --model dit-s-8 --classes 4 --settings '{"num_sampling_steps": 2}'
 
 A DiT and a VAE of Stable Diffusion's shape with random weights are saved, and `acs-fast distill` runs by
 them, under torchrun with `--ranks`. The shares are of the wall time between the log's `start` and `end` on
@@ -61,12 +61,12 @@ def command(folder: Path, args: argparse.Namespace) -> list[str]:
 
 def shares(out: Path) -> dict[str, Any]:
     """Seconds of rank 0 by what they went into, and percent of all."""
-    events = [event for event in read_events(out) if event.rank == 0]
+    events = [event for event in read_events(out) if event["rank"] == 0]
 
     def total(name: str, value: str) -> float:
-        return sum(float(event.values[value]) for event in events if event.event == name)
+        return sum(float(event[value]) for event in events if event["event"] == name)
 
-    ends = {event.event: event.since for event in events}
+    ends = {event["event"]: event["since"] for event in events}
     wall = ends["end"] - ends["start"]
     seconds = {
         "sampling": total("batch", "seconds"),

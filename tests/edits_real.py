@@ -42,8 +42,8 @@ REAL = [
     Mutation(
         "a rank reads another's places",
         "acs_fast/loader/__init__.py",
-        "range(number * total + rank * batch_size, number * total",
-        "range(number * total, number * total",
+        "range(number * batch_size + own.start, number * batch_size + own.stop)",
+        "range(number * batch_size, number * batch_size + len(own))",
         "ranks_share",
         LOADER,
     ),
