@@ -182,7 +182,7 @@ def test_a_stream_goes_on_where_another_ended(drawn: Listing, which: str) -> Non
 
 def test_ranks_share_one_global_batch(drawn: Listing) -> None:
     whole = streamed(drawn, count=2, batch_size=6)
-    parts = [streamed(drawn, count=2, batch_size=3, rank=rank, num_ranks=2) for rank in range(2)]
+    parts = [streamed(drawn, count=2, batch_size=6, rank=rank, num_ranks=2) for rank in range(2)]
     for step in range(2):
         joined = torch.cat([part[step].images for part in parts])
         assert torch.equal(joined, whole[step].images)
