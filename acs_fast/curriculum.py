@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import sys
 import time
 import traceback
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from acs_fast.augment import to_device
-from acs_fast.config import DistillConfig, InputError, resolve
+from acs_fast.config import DistillConfig, InputError
 from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.estimate import make_plan
@@ -31,6 +30,7 @@ from acs_fast.models.dit import DiTConfig
 from acs_fast.networks import checkpoint_path, dtype_name, resolve_dtype
 from acs_fast.output import Output
 from acs_fast.plan import Item, Layout, available_memory, curriculum_ranges, cut
+from acs_fast.record import keep_resolved, warn_of_other_code, with_absolute_paths
 from acs_fast.report import contact_sheet
 from acs_fast.resume import Left, add_samples, find_missing, own_batches
 from acs_fast.samples import Samples
@@ -38,11 +38,9 @@ from acs_fast.session import Session
 from acs_fast.shards import SHARD
 from acs_fast.steering import Steering
 from acs_fast.stopping import RankLost, Stopped
-from acs_fast.writer import RUN_CONFIG, check_same, claim, is_record, lock, read_json, sweep, write_atomic
+from acs_fast.writer import RUN_CONFIG, check_same, claim, lock, sweep, write_atomic
 
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-# settings whose `auto` is resolved by measurement or by the machine: a run that is continued keeps its own
-RESOLVED = ("dtype", "attention", "compile", "batch_size", "loader")
 
 
 def distill(config: DistillConfig, overwrite: bool = False, session: Session | None = None) -> Path:
@@ -370,38 +368,3 @@ class Run:
 def class_names(shape: DiTConfig) -> tuple[str, ...]:
     """A model's classes by label: their numbers where it has no names."""
     return shape.classes or tuple(map(str, range(shape.num_classes)))
-
-
-def with_absolute_paths(config: DistillConfig) -> DistillConfig:
-    """The configuration as a later command can use it from any folder; the bundled names stay."""
-    names = ("model", "real", "vae", "tiny_vae", "classes", "cache")
-    given = {name: value for name in names if (value := getattr(config, name)) and value != DIGITS}
-    exists = {name: os.path.isfile if name == "classes" else os.path.exists for name in given}
-    paths = {name: os.path.abspath(value) for name, value in given.items() if exists[name](value)}
-    return dataclasses.replace(config, **paths)
-
-
-def keep_resolved(config: DistillConfig, out: Path, device: torch.device) -> DistillConfig:
-    """The configuration with what the run in `out` resolved, on this kind of device, where it says auto."""
-    stored = read_json(out / RUN_CONFIG) if (out / RUN_CONFIG).is_file() else None
-    if stored is None or not is_record(stored) or str(stored.get("device")).partition(" ")[0] != device.type:
-        return config
-    auto = {name for name in RESOLVED if getattr(config, name) in ("auto", None)}
-    values = {name: value for name, value in stored["config"].items() if name in auto}
-    return resolve(DistillConfig, {**dataclasses.asdict(config), **values})
-
-
-def warn_of_other_code(stored: dict[str, Any], record: dict[str, Any]) -> None:
-    """Say so when a run is continued by another torch or another commit than it was started by."""
-
-    def code(side: dict[str, Any]) -> str:
-        versions = side.get("versions")
-        torch_version = versions.get("torch") if isinstance(versions, dict) else None
-        return f"torch {torch_version}, commit {side.get('commit')}"
-
-    if code(stored) != code(record):
-        print(
-            f"warning: this run was started with {code(stored)} and goes on with {code(record)}; "
-            "what is sampled now may differ in rounding",
-            file=sys.stderr,
-        )

@@ -24,7 +24,7 @@ ORDER = [
     ["discriminator", "guidance", "compiled"],
     ["feeds", "session"],
     ["latents"],
-    ["manifest"],
+    ["manifest", "record"],
     ["images"],
     ["shards", "writer", "environment", "attention", "linear", "plan", "networks"],
     ["graph"],
