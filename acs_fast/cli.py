@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"acs-fast: cannot read or write{where}: {error.strerror or error}{hint}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"acs-fast: {stopped}", file=sys.stderr)
+        print(f"acs-fast: {stopped}{again and '; ' + again}", file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt:
         print(f"acs-fast: interrupted{again and '; ' + again}", file=sys.stderr)

@@ -86,7 +86,7 @@ def stop(stopped: Stopped, session: Session, run: Run | None) -> Stopped | RankL
     if not session.ranks.leads:
         return Stopped(stopped.signum)
     written = f"{run.written()} of {run.layout.total}" if run else "no"
-    return Stopped(stopped.signum, f"{written} images are written; run the same command again to continue")
+    return Stopped(stopped.signum, f"{written} images are written")
 
 
 class Run:

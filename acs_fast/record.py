@@ -1,4 +1,4 @@
-"""The record of a run: its settings as they are kept, and what a run that is continued takes from it."""
+"""What a run's record keeps of its settings, for whoever continues it."""
 
 from __future__ import annotations
 

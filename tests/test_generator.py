@@ -14,13 +14,14 @@ from PIL import Image
 
 from acs_fast import compiled, generator, networks, ops, report
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.curriculum import distill, keep_resolved, with_absolute_paths
+from acs_fast.curriculum import distill
 from acs_fast.engine import StepEngine
 from acs_fast.generator import ImageGenerator
 from acs_fast.images import Images
 from acs_fast.models.checkpoint import save_checkpoint
 from acs_fast.models.dit import DiT, DiTConfig
 from acs_fast.networks import resolve_dtype
+from acs_fast.record import keep_resolved, with_absolute_paths
 from acs_fast.report import contact_sheet
 from tests.runs import contents, stored
 from tests.test_sampler import randomise

@@ -328,9 +328,7 @@ def test_a_merge_in_the_middle_does_no_harm(out: Path, monkeypatch, moment: str,
             if moment == "before":  # listed, then merged, then read
                 with monkeypatch.context() as patch:
                     next(steps)
-                    patch.setattr(
-                        manifest, "row_files", lambda out: [p for p in files if p.exists()] or files
-                    )
+                    patch.setattr(manifest, "row_files", lambda *_: [p for p in files if p.exists()] or files)
                     super().__init__(*arguments)  # type: ignore[arg-type]
             else:
                 super().__init__(*arguments)  # type: ignore[arg-type]
