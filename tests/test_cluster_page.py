@@ -21,7 +21,8 @@ PAGE = (ROOT / "docs" / "cluster.md").read_text()
 SCRIPT = re.search(r"```bash\n(.*?)```", PAGE, re.S)
 STAND_INS = {  # what the script calls, told what to do by files in its folder
     "srun": 'shift; exec "$@"',
-    "torchrun": 'echo "$*" >torchrun.args\necho $$ >torchrun.pid; trap "echo TERM >>said; exit 1" TERM; touch started\n'
+    "torchrun": 'echo "$*" >torchrun.args; echo $$ >torchrun.pid\n'
+    'trap "echo TERM >>said; exit 1" TERM; touch started\n'
     "while [ ! -f end ]; do sleep 0.05; done; exit $(cat end)",
     "scontrol": 'if [ "$1" = show ]; then echo node3; echo node4; else echo "$*" >>said; fi',
     "scancel": 'echo "scancel $*" >>said; kill -TERM "$(cat torchrun.pid)"',
