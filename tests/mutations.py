@@ -22,11 +22,12 @@ from pathlib import Path
 from tests.edits import EMULATION, Mutation
 from tests.edits_engine import ENGINE
 from tests.edits_kernels import KERNELS
+from tests.edits_ranks import RANKS
 from tests.edits_real import REAL
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("acs_fast", "kernels", "tests", "pyproject.toml", "CMakeLists.txt")
-MUTATIONS = KERNELS + ENGINE + REAL
+MUTATIONS = KERNELS + ENGINE + REAL + RANKS
 WORKERS = 2
 
 

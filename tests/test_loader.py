@@ -180,12 +180,17 @@ def test_a_stream_goes_on_where_another_ended(drawn: Listing, which: str) -> Non
     assert any(not torch.equal(a.images, b.images) for a, b in zip(whole, again, strict=True))
 
 
-def test_ranks_share_one_global_batch(drawn: Listing) -> None:
-    whole = streamed(drawn, count=2, batch_size=6)
-    parts = [streamed(drawn, count=2, batch_size=6, rank=rank, num_ranks=2) for rank in range(2)]
+@pytest.mark.parametrize(("batch_size", "num_ranks"), [(6, 2), (7, 3), (2, 3)])
+def test_ranks_share_one_global_batch(drawn: Listing, batch_size: int, num_ranks: int) -> None:
+    """Uneven parts, and one that is empty."""
+    whole = streamed(drawn, count=2, batch_size=batch_size)
+    settings = {"count": 2, "batch_size": batch_size, "num_ranks": num_ranks}
+    parts = [streamed(drawn, rank=rank, **settings) for rank in range(num_ranks)]
     for step in range(2):
-        joined = torch.cat([part[step].images for part in parts])
-        assert torch.equal(joined, whole[step].images)
+        assert torch.equal(torch.cat([part[step].images for part in parts]), whole[step].images)
+        assert torch.equal(torch.cat([part[step].labels for part in parts]), whole[step].labels)
+        sizes = [len(part[step].images) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_every_round_of_a_stream_has_every_class_and_every_image_comes() -> None:
