@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -22,24 +21,7 @@ from acs_fast.feeds import Examples, shared
 from acs_fast.plan import Layout, curriculum_ranges
 from acs_fast.resume import add_samples, own_batches
 from acs_fast.samples import Samples
-from tests.runs import contents
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def torchrun(num_ranks: int, *command: str) -> list[str]:
-    python = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*python, "--nproc-per-node", str(num_ranks), *command]
-
-
-def run(num_ranks: int, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        torchrun(num_ranks, *command), env=environment, capture_output=True, text=True, timeout=180
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
+from tests.runs import ROOT, contents, torchrun, torchrun_command
 
 TOGETHER = """
     import sys
@@ -98,7 +80,7 @@ TOGETHER = """
 def test_ranks_collect_sum_and_train_as_one(num_ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "together.py"
     script.write_text(textwrap.dedent(TOGETHER))
-    assert run(num_ranks, str(script)).stdout.count("agreed") == num_ranks
+    assert torchrun(num_ranks, str(script)).stdout.count("agreed") == num_ranks
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path: Path) -> None:
@@ -110,7 +92,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path: Path) -> None
         out = tmp_path / f"{deterministic}-{num_ranks}"
         config = tiny(out=str(out), deterministic=deterministic, discriminator_steps=20)
         settings.write_text(json.dumps(dataclasses.asdict(config)))
-        run(num_ranks, "-m", "acs_fast", "distill", "--config", str(settings))
+        torchrun(num_ranks, "-m", "acs_fast", "distill", "--config", str(settings))
         found = contents(out)
         found.pop("config.json")
         assert found.keys() == whole.keys()
@@ -129,7 +111,7 @@ def test_a_dead_rank_is_named_and_the_others_stop(tiny, tmp_path: Path) -> None:
     config = tiny(ipc=60, num_sampling_steps=50, batch_size=2)
     settings.write_text(json.dumps(dataclasses.asdict(config)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = torchrun(2, "-m", "acs_fast", "distill", "--config", str(settings))
+    command = torchrun_command(2, "-m", "acs_fast", "distill", "--config", str(settings))
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 90
         while not (out / "logs" / "rank-1.log").is_file() and time.monotonic() < until:
