@@ -18,6 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Before any group exists: its functions have the world's group as their default. Imported later, as torch
+# does by itself, they would keep it until Python ends, when a thread of gloo may abort the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from acs_fast.config import InputError

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -124,6 +125,36 @@ def test_a_dead_rank_is_named_and_the_others_stop(tiny, tmp_path: Path) -> None:
     assert time.monotonic() - killed < 60 and process.returncode == 1
     assert "exitcode" in text and f"pid: {victim}" in text, text
     assert f"(process {victim} on " in text and "has died" in text, text
+
+
+LEFT = """
+    import os
+    from torch.distributed import TCPStore
+    from acs_fast.distributed import join
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    os.environ |= dict(zip(names, ("0", "0", "1", str(store.port), "127.0.0.1")))
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def threads():
+        numbers = os.listdir("/proc/self/task")
+        return {open(f"/proc/self/task/{number}/comm").read().strip() for number in numbers}
+
+    with join("cpu") as ranks:
+        import torch._dynamo  # optimizers do
+
+        assert "pt_gloo_runloop" in threads()
+    print(*threads())
+"""
+
+
+def test_no_thread_of_gloo_outlives_the_ranks() -> None:
+    """One that did aborted a process whose run had ended well, now and then."""
+    command = [sys.executable, "-c", textwrap.dedent(LEFT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "gloo" not in done.stdout and "python" in done.stdout
 
 
 def test_work_is_equal_for_any_number_of_ranks() -> None:
