@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 LOGS = "logs"
+LOG = re.compile(r"rank-(\d+)\.(?:log|jsonl)")
 WINDOW = 600.0  # seconds of a process's batches that the rate is taken from
 VALUE = r'"(?:[^"\\]|\\.)*"|[^\s"]+'
 PAIR = re.compile(rf" (\w+)=({VALUE})")
@@ -100,7 +101,7 @@ def read_events(out: Path) -> Iterator[dict[str, Any]]:
     """
     files = []
     for path in (out / LOGS).glob("rank-*"):
-        if match := re.fullmatch(r"rank-(\d+)\.(?:log|jsonl)", path.name):
+        if match := LOG.fullmatch(path.name):
             with contextlib.suppress(FileNotFoundError):
                 files.append((int(match[1]), path.stat().st_mtime_ns, path))
     for _, _, path in sorted(files):

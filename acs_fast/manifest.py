@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,33 @@ class Manifest:
         self.out, self.images = out, images or Images(out)
         self.path = out / f"manifest.{rank}.jsonl"
 
-    def append(self, encoded: Iterable[bytes], rows: list[dict[str, Any]]) -> None:
-        """Write a batch's encoded images, then its rows, to which it adds each file's SHA-256."""
-        for data, row in zip(encoded, rows, strict=True):
-            self.images.write((row["class"], row["index"]), data)
-            row["sha256"] = hashlib.sha256(data).hexdigest()
+    def append(
+        self, encoded: Iterable[bytes], rows: list[dict[str, Any]], pool: Executor | None = None
+    ) -> None:
+        """Write a batch's encoded images, then its rows, to which it adds each file's SHA-256.
+
+        pool: writes the images, several at once: each waits for the disk. None of them goes on after this
+        has returned or raised the first error.
+        """
+        if pool is None:
+            for data, row in zip(encoded, rows, strict=True):
+                self._put(data, row)
+        else:
+            pairs = list(zip(encoded, rows, strict=True))  # an error of the encoding before the first write
+            futures = [pool.submit(self._put, data, row) for data, row in pairs]
+            wait(futures)
+            for future in futures:
+                future.result()
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         new = not self.path.exists()
         with open(self.path, "ab", buffering=0) as file:
             # after a line that a kill cut short, or a full disk, the next one begins anew
             file.write(lines if new or whole_end(self.path) else b"\n" + lines)
             os.fsync(file.fileno())
+
+    def _put(self, data: bytes, row: dict[str, Any]) -> None:
+        self.images.write((row["class"], row["index"]), data)
+        row["sha256"] = hashlib.sha256(data).hexdigest()
 
 
 class Rows:

@@ -19,6 +19,7 @@ from acs_fast.manifest import Manifest
 from acs_fast.ops import Op
 from acs_fast.writer import write_tensors
 
+FILES = 8  # images that are on their way to the disk at once: each waits for it some milliseconds
 Scores = tuple[Tensor, Tensor]  # correct bool [n], loss fp32 [n]
 Locate = Callable[[], tuple[int, int] | None]
 
@@ -54,9 +55,9 @@ class Output:
     decode: latents [n, C, h, w] to images [n, C', H, W] in [-1, 1]; None where samples are images.
     to_uint8: the op. workers: threads that encode. depth: batches in flight, at most.
     On CUDA decoding runs on a second stream beside the next batch; on a CPU within `submit`. One thread
-    writes the batches in the order of their submission: samples, images, manifest rows. The manifest and its
-    files are that thread's until `flush` returns. Leave by `with`: a clean exit flushes; one by an exception
-    finishes what is in flight and keeps the exception.
+    writes the batches in the order of their submission: samples, images, manifest rows; the images of a
+    batch several at once. The manifest and its files are that thread's until `flush` returns. Leave by
+    `with`: a clean exit flushes; one by an exception finishes what is in flight and keeps the exception.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Output:
         self._failed = False
         self._writer = ThreadPoolExecutor(1, "write")  # one thread: batches stay in order
         self._encoders = ThreadPoolExecutor(workers, "encode")
+        self._files = ThreadPoolExecutor(FILES, "file")
 
     def submit(
         self,
@@ -124,6 +126,7 @@ class Output:
         finally:  # interrupted once more, it gives up the batches that no thread has begun
             self._writer.shutdown(cancel_futures=True)
             self._encoders.shutdown()
+            self._files.shutdown()
 
     def _start(
         self, samples: Tensor, scores: Scores | None, count: int
@@ -167,7 +170,7 @@ class Output:
             correct, loss = (values.tolist() for values in batch.scores) if batch.scores else (none, none)
             for row, right, value in zip(batch.rows, correct, loss, strict=True):
                 row |= {"discriminator_correct": right, "discriminator_loss": value}
-            self.manifest.append(encoded, batch.rows)
+            self.manifest.append(encoded, batch.rows, self._files)
         except BaseException:  # the future hands it to the main thread
             self._failed = True
             raise

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from acs_fast.config import InputError
+from acs_fast.log import LOG, LOGS
 
 RUN_CONFIG = "config.json"
 MANIFEST = "manifest.jsonl"
@@ -26,7 +27,7 @@ CONTENTS = (
     "samples",
     "discriminators",
     "latents",
-    "logs",
+    LOGS,
     CURRICULA,
     "baselines",
     "contact_sheet.png",
@@ -126,11 +127,18 @@ def lock(out: Path) -> Iterator[None]:
 def is_free(out: Path) -> bool:
     """Whether a run may use `out`: nothing of a run's names lies there, or a run of ours does."""
     if not (out / RUN_CONFIG).is_file():
-        return not any((out / name).exists() for name in CONTENTS)
+        names = [name for name in CONTENTS if name != LOGS or not holds_logs(out)]
+        return not any((out / name).exists() for name in names)
     stored = read_json(out / RUN_CONFIG)
     if stored is None:
         return (out / LOCK).is_file() and (out / MANIFEST).is_file()
     return is_record(stored)
+
+
+def holds_logs(out: Path) -> bool:
+    """Whether `logs` is a folder of our log files alone: they begin before a run has its record."""
+    folder = out / LOGS
+    return folder.is_dir() and all(map(LOG.fullmatch, os.listdir(folder)))
 
 
 def read_json(path: Path) -> Any:

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,12 @@ CASES = [Case(format, keep) for keep in (False, True) for format in ("png", "wds
 
 @dataclass
 class Whole:
-    """A run that nobody killed: its files and its images, and how long it took to start and to work."""
+    """A run that nobody killed: its files, its images, the seconds of its start and of its work."""
 
     files: dict[str, bytes]
     images: dict[tuple[str, int], bytes]
-    startup: float
-    work: float
+    startup: float = 0.0
+    work: float = 0.0
 
 
 class Launch:
@@ -187,10 +187,16 @@ def make_whole(place: Path, case: Case, num_ranks: int) -> Whole:
     started = time.monotonic()
     code = launch.wait()
     assert code == 0, launch.text
-    images, rows = Images(launch.out, case.format), read_rows(launch.out)
-    found = {key: data for key in rows if (data := images.read(key)) is not None}
+    whole = read_whole(launch.out, case)
+    return replace(whole, startup=started - processes, work=time.monotonic() - started)
+
+
+def read_whole(out: Path, case: Case) -> Whole:
+    """The files and images of a run that has ended."""
+    images = Images(out, case.format)
+    found = {key: data for key in read_rows(out) if (data := images.read(key)) is not None}
     assert len(found) == CLASSES * IPC
-    return Whole(contents(launch.out), found, started - processes, time.monotonic() - started)
+    return Whole(contents(out), found)
 
 
 def damage(out: Path, case: Case, whole: Whole) -> list[str]:

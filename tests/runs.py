@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from acs_fast.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -26,3 +31,18 @@ def refused(argv: list[str], capsys) -> str:
     error = capsys.readouterr().err
     assert error.startswith("acs-fast: ") and error.count("\n") == 1, error
     return error
+
+
+def torchrun_command(num_ranks: int, *command: str) -> list[str]:
+    """The command line of torchrun for a script, or `-m` and a module, with its arguments."""
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*python, "--nproc-per-node", str(num_ranks), *command]
+
+
+def torchrun(num_ranks: int, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Let ranks run to their end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    argv = torchrun_command(num_ranks, *command)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=180)
+    assert not check or done.returncode == 0, done.stderr
+    return done

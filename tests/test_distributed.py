@@ -22,24 +22,7 @@ from acs_fast.feeds import Examples, shared
 from acs_fast.plan import Layout, curriculum_ranges
 from acs_fast.resume import add_samples, own_batches
 from acs_fast.samples import Samples
-from tests.runs import contents
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def torchrun(num_ranks: int, *command: str) -> list[str]:
-    python = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*python, "--nproc-per-node", str(num_ranks), *command]
-
-
-def run(num_ranks: int, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        torchrun(num_ranks, *command), env=environment, capture_output=True, text=True, timeout=180
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
+from tests.runs import ROOT, contents, torchrun, torchrun_command
 
 TOGETHER = """
     import sys
@@ -98,7 +81,7 @@ TOGETHER = """
 def test_ranks_collect_sum_and_train_as_one(num_ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "together.py"
     script.write_text(textwrap.dedent(TOGETHER))
-    assert run(num_ranks, str(script)).stdout.count("agreed") == num_ranks
+    assert torchrun(num_ranks, str(script)).stdout.count("agreed") == num_ranks
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path: Path) -> None:
@@ -110,7 +93,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path: Path) -> None
         out = tmp_path / f"{deterministic}-{num_ranks}"
         config = tiny(out=str(out), deterministic=deterministic, discriminator_steps=20)
         settings.write_text(json.dumps(dataclasses.asdict(config)))
-        run(num_ranks, "-m", "acs_fast", "distill", "--config", str(settings))
+        torchrun(num_ranks, "-m", "acs_fast", "distill", "--config", str(settings))
         found = contents(out)
         found.pop("config.json")
         assert found.keys() == whole.keys()
@@ -129,7 +112,7 @@ def test_a_dead_rank_is_named_and_the_others_stop(tiny, tmp_path: Path) -> None:
     config = tiny(ipc=60, num_sampling_steps=50, batch_size=2)
     settings.write_text(json.dumps(dataclasses.asdict(config)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = torchrun(2, "-m", "acs_fast", "distill", "--config", str(settings))
+    command = torchrun_command(2, "-m", "acs_fast", "distill", "--config", str(settings))
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 90
         while not (out / "logs" / "rank-1.log").is_file() and time.monotonic() < until:
@@ -142,6 +125,36 @@ def test_a_dead_rank_is_named_and_the_others_stop(tiny, tmp_path: Path) -> None:
     assert time.monotonic() - killed < 60 and process.returncode == 1
     assert "exitcode" in text and f"pid: {victim}" in text, text
     assert f"(process {victim} on " in text and "has died" in text, text
+
+
+LEFT = """
+    import os
+    from torch.distributed import TCPStore
+    from acs_fast.distributed import join
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    os.environ |= dict(zip(names, ("0", "0", "1", str(store.port), "127.0.0.1")))
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def threads():
+        numbers = os.listdir("/proc/self/task")
+        return {open(f"/proc/self/task/{number}/comm").read().strip() for number in numbers}
+
+    with join("cpu") as ranks:
+        import torch._dynamo  # optimizers do
+
+        assert "pt_gloo_runloop" in threads()
+    print(*threads())
+"""
+
+
+def test_no_thread_of_gloo_outlives_the_ranks() -> None:
+    """One that did aborted a process whose run had ended well, now and then."""
+    command = [sys.executable, "-c", textwrap.dedent(LEFT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "gloo" not in done.stdout and "python" in done.stdout
 
 
 def test_work_is_equal_for_any_number_of_ranks() -> None:

@@ -90,11 +90,11 @@ def test_order_is_that_of_submission_however_long_an_image_takes(tmp_path, monke
         for number in range(4):
             put(o, number)
     assert contents(tmp_path / "run") == whole
-    assert written == [
-        name
-        for i in range(4)
-        for name in (f"samples/2-{i}.safetensors", *(f"c{row}/{i}.png" for row in range(3)))
-    ]
+    for i in range(4):  # a batch after the other: its samples, then its images, in any order
+        first, *others = written[4 * i : 4 * i + 4]
+        assert first == f"samples/2-{i}.safetensors" and sorted(others) == [
+            f"c{row}/{i}.png" for row in range(3)
+        ]
 
 
 def test_images_of_a_batch_are_encoded_at_once(tmp_path, monkeypatch) -> None:
@@ -104,6 +104,30 @@ def test_images_of_a_batch_are_encoded_at_once(tmp_path, monkeypatch) -> None:
     with make(tmp_path / "run", workers=2) as o:
         put(o, 0, samples_of(0, 4))
     assert len(read_rows(o.manifest.out)) == 4
+
+
+def test_images_of_a_batch_are_written_at_once(tmp_path, monkeypatch) -> None:
+    barrier = threading.Barrier(4, timeout=20)
+    monkeypatch.setattr(images, "write_atomic", lambda path, data: (barrier.wait(), write_atomic(path, data)))
+    with make(tmp_path / "run") as o:
+        put(o, 0, samples_of(0, 4))
+    assert len(read_rows(o.manifest.out)) == 4
+
+
+def test_nothing_is_written_after_an_error_of_a_batch_is_told(tmp_path, monkeypatch) -> None:
+    def failing(path: Path, data: bytes) -> None:
+        if path.parent.name == "c0":
+            raise OSError(28, "No space left on device")
+        time.sleep(0.2)
+        write_atomic(path, data)
+
+    monkeypatch.setattr(images, "write_atomic", failing)
+    with pytest.raises(OSError, match="No space left"), make(tmp_path / "run") as o:
+        put(o, 0)
+        wait(o._in_flight)
+        kept = contents(tmp_path / "run")
+        time.sleep(0.4)
+        assert contents(tmp_path / "run") == kept and not read_rows(o.manifest.out)
 
 
 def test_decoding_takes_no_gradient(tmp_path) -> None:
@@ -161,7 +185,7 @@ def test_a_clean_exit_flushes(tmp_path, monkeypatch, whole) -> None:
             put(o, number)
         gate.open_later()
     assert contents(tmp_path / "run") == whole
-    assert not any(thread.name.startswith(("write", "encode")) for thread in threading.enumerate())
+    assert not any(thread.name.startswith(("write", "encode", "file")) for thread in threading.enumerate())
 
 
 def test_memory_is_bounded_by_the_depth(tmp_path) -> None:

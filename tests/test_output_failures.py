@@ -33,7 +33,7 @@ def test_an_exception_keeps_its_kind_and_what_is_in_flight_is_finished(
         gate.open_later()
         raise kind("the main thread")
     assert contents(tmp_path / "run") == whole
-    assert not any(thread.name.startswith(("write", "encode")) for thread in threading.enumerate())
+    assert not any(thread.name.startswith(("write", "encode", "file")) for thread in threading.enumerate())
 
 
 def test_an_exception_is_kept_where_the_writer_fails_too(tmp_path, monkeypatch) -> None:
