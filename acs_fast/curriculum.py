@@ -26,7 +26,6 @@ from acs_fast.images import Images
 from acs_fast.loader import resolve_loader
 from acs_fast.manifest import Manifest, Rows
 from acs_fast.models.checkpoint import read_config
-from acs_fast.models.dit import DiTConfig
 from acs_fast.networks import checkpoint_path, dtype_name, resolve_dtype
 from acs_fast.output import Output
 from acs_fast.plan import Item, Layout, available_memory, curriculum_ranges, cut
@@ -103,7 +102,7 @@ class Run:
         self.generator = ImageGenerator(config, self.device)
         self.config = config = self.generator.config
         shape = self.generator.shape
-        self.classes, self.class_labels = select_classes(class_names(shape), config.classes)
+        self.classes, self.class_labels = select_classes(shape.class_names, config.classes)
         self.layout = Layout(len(self.classes), tuple(curriculum_ranges(config.ipc, config.num_curricula)))
         assert config.batch_size is not None
         sizes = [self.layout.size(i) for i in range(1, config.num_curricula + 1)]
@@ -123,7 +122,7 @@ class Run:
             config = dataclasses.replace(config, loader=resolve_loader(config.loader))
         if self.ranks.num_ranks > 1:
             shape = read_config(checkpoint_path(config.model))  # the others find what this downloads
-            select_classes(class_names(shape), config.classes)
+            select_classes(shape.class_names, config.classes)
             dtype = resolve_dtype(config.dtype, self.device, shape)
             config = dataclasses.replace(config, dtype=dtype_name(dtype))
         return config
@@ -230,7 +229,7 @@ class Run:
         c, steering = self.config, self.steering
         needed = add_samples(
             missing, self.samples.scan(),
-            guided=steering.guided, keep=c.keep_latents, repulsion=c.repulsion > 0,
+            guided=c.guided, keep=c.keep_latents, repulsion=c.repulsion > 0,
             is_ready=steering.is_ready,
         )  # fmt: skip
         untrained, trains_real = steering.untrained(missing), steering.trains_real(missing)
@@ -250,7 +249,7 @@ class Run:
         """Bring curriculum 1..N to its end: train its discriminator if guided, sample what is missing."""
         if not len(self.left.missing[curriculum]):
             return
-        guided = self.steering.guided and curriculum > 1
+        guided = self.config.guided and curriculum > 1
         guidance = self.steering.guidance(curriculum) if guided else None
         batches, started = self.batches[curriculum], time.perf_counter()
         images = sum(map(len, batches))
@@ -363,8 +362,3 @@ class Run:
         return (
             out_of_memory(self.bucket, min(fits, self.bucket - 1)) + ", in another --out or with --overwrite"
         )
-
-
-def class_names(shape: DiTConfig) -> tuple[str, ...]:
-    """A model's classes by label: their numbers where it has no names."""
-    return shape.classes or tuple(map(str, range(shape.num_classes)))

@@ -32,8 +32,7 @@ def encode(config: EncodeConfig) -> tuple[Path, bool]:
         raise InputError(f"--model {config.model} samples pixels; there is nothing to encode for it")
     dtype = resolve_dtype(config.dtype, device, shape) if device.type == "cuda" else torch.float32
     vae = load_own_vae(config.vae, checkpoint, shape, device, dtype, encoder=True)
-    known = shape.classes or tuple(map(str, range(shape.num_classes)))
-    classes, _ = select_classes(known, config.classes)
+    classes, _ = select_classes(shape.class_names, config.classes)
     listing = list_images(config.real, "train", classes)
     if text := listing.summary():
         print(text, flush=True)

@@ -117,10 +117,9 @@ def check_test_images(config: DistillConfig) -> None:
     """InputError before a run whose images could not be judged by the digits, the default of `--real`."""
     if config.real == DIGITS:
         shape = read_config(checkpoint_path(config.model))
-        known = shape.classes or tuple(map(str, range(shape.num_classes)))
         size = shape.input_size if samples_pixels(shape) else None
         channels = shape.in_channels if samples_pixels(shape) else 3
-        load_images(DIGITS, "val", select_classes(known, config.classes)[0], size, channels)
+        load_images(DIGITS, "val", select_classes(shape.class_names, config.classes)[0], size, channels)
 
 
 def load_sets(

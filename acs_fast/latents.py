@@ -177,23 +177,6 @@ def identity(listing: Listing, vae: VAE, size: int) -> dict[str, Any]:
     }
 
 
-def open_cache(folder: Path, wanted: dict[str, Any]) -> LatentCache:
-    """A finished cache; wanted: its `identity`. InputError for none, another one, a damaged shard."""
-    if not (folder / INDEX).is_file():
-        raise InputError(f"there is no latent cache {folder}; make it with acs-fast encode --out {folder}")
-    if absent := check(folder, wanted):
-        raise InputError(
-            f"latent cache {folder} is without {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}; "
-            f"add what is missing with acs-fast encode --out {folder}"
-        )
-    counts = torch.tensor([value["images"] for value in wanted["classes"].values()])
-    labels = torch.arange(len(counts)).repeat_interleave(counts)
-    cache = LatentCache(folder, labels, tuple(wanted["shape"]), tuple(wanted["classes"]))
-    for number in missing_shards(folder, cache.shards, cache.shape):
-        raise damaged(folder / f"{cache.shards[number].name}.safetensors")
-    return cache
-
-
 def missing_shards(folder: Path, shards: list[Shard], shape: tuple[int, ...]) -> list[int]:
     """The numbers of the shards that the folder lacks, or holds damaged."""
     return [

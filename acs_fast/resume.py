@@ -14,6 +14,8 @@ from acs_fast.manifest import Rows
 from acs_fast.plan import Layout, cut
 from acs_fast.samples import Samples
 
+SHOWN_FROM = 5000  # images whose check is worth a progress bar
+
 
 @dataclass(frozen=True)
 class Left:
@@ -33,9 +35,6 @@ class Left:
     def images(self) -> int:
         """Still to be sampled."""
         return sum(map(len, self.missing.values()))
-
-
-SHOWN_FROM = 5000  # images whose check is worth a progress bar
 
 
 def find_missing(rows: Rows, images: Images, layout: Layout) -> dict[int, np.ndarray]:

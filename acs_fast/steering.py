@@ -46,13 +46,12 @@ class Steering:
         self.config, self.generator, self.classes, self.samples = config, generator, classes, samples
         self.session, self.ranks, self.layout = session, session.ranks, samples.layout
         self.out, self.device = Path(config.out), generator.device
-        self.guided = config.guidance_scale > 0 and config.num_curricula > 1
         channels, size = generator.seen_shape()
         folder = self.out / "discriminators"
         self.classifiers = Classifiers(config, channels, size, len(classes), self.device, folder, session)
         self.density = config.objective == "density_ratio"
         curricula = range(2, config.num_curricula + 1)
-        needed = self.guided and (
+        needed = self.config.guided and (
             overwrite or not all(self.ranks.lead(lambda: [self.is_ready(i) for i in curricula]))
         )
         self.real = self._real_images() if needed else None
@@ -73,12 +72,12 @@ class Steering:
 
     def untrained(self, missing: dict[int, np.ndarray]) -> tuple[int, ...]:
         """The curricula with images to sample that lack their discriminator."""
-        wanted = [i for i in missing if i > 1 and len(missing[i])] if self.guided else []
+        wanted = [i for i in missing if i > 1 and len(missing[i])] if self.config.guided else []
         return tuple(i for i in wanted if not self.classifiers.is_trained(str(i)))
 
     def trains_real(self, missing: dict[int, np.ndarray]) -> bool:
         """Whether f_real is wanted and not there."""
-        wanted = self.guided and any(len(missing[i]) for i in missing if i > 1)
+        wanted = self.config.guided and any(len(missing[i]) for i in missing if i > 1)
         learnable = self.config.objective == "learnability"
         return wanted and learnable and not self.classifiers.is_trained("real")
 

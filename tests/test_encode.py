@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from acs_fast import latents
 from acs_fast.cli import main
-from acs_fast.latents import identity, open_cache
+from acs_fast.latents import write_cache
 from acs_fast.listing import list_images
 from acs_fast.models import classifier
 from acs_fast.models.vae import VAE, load_vae
@@ -62,7 +62,8 @@ def test_the_cache_is_of_the_models_own_vae_and_size(tmp_path, sources, capsys):
     assert capsys.readouterr().out.splitlines()[-1].strip() == str(tmp_path / "cache")
     listing = list_images(str(sources / "real"), "train", CLASSES)
     vae = load_vae(str(sources / "dit"), False, CPU, torch.float32, encoder=True)
-    cache = open_cache(tmp_path / "cache", identity(listing, vae, EDGE))
+    cache = write_cache(tmp_path / "cache", listing, vae, EDGE, loader="pil", batch_size=4)  # makes none
+    assert cache is not None
     assert cache.classes == CLASSES and cache.labels.tolist() == [0] * 5 + [1] * 5
     images = np.stack([np.asarray(Image.open(entry.path)) for entry in listing.entries])
     expected = vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from acs_fast import latents, writer
 from acs_fast.config import InputError
-from acs_fast.latents import LatentCache, identity, open_cache, write_cache
+from acs_fast.latents import LatentCache, identity, write_cache
 from acs_fast.listing import Listing, list_images
 from acs_fast.models.vae import VAE
 from tests.runs import contents
@@ -128,7 +128,7 @@ def test_any_rows_in_any_order(tmp_path, listing, vae, monkeypatch):
 
 def test_a_class_is_read_without_the_others(tmp_path, listing, vae):
     expected = finished(tmp_path / "cache", listing, vae).take(torch.arange(7, 11), torch.zeros(4).bool())
-    cache = open_cache(tmp_path / "cache", identity(listing, vae, SIZE))
+    cache = finished(tmp_path / "cache", listing, vae)
     for name in SHARDS[:3] + SHARDS[5:]:
         (tmp_path / "cache" / f"{name}.safetensors").unlink()
     rows = cache.rows_of(1)
@@ -223,15 +223,14 @@ def without_table(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut_short, lengthened, emptied, foreign, without_table])
 def test_a_damaged_shard_is_refused_and_made_again(tmp_path, listing, vae, damage):
-    folder, wanted = tmp_path / "cache", identity(listing, vae, SIZE)
-    finished(folder, listing, vae)
+    folder = tmp_path / "cache"
+    cache = finished(folder, listing, vae)
     whole = contents(folder)
     damage(folder / "bee-0000.safetensors")
     with pytest.raises(InputError, match=r"bee-0000\.safetensors is missing or damaged; run acs-fast encode"):
-        open_cache(folder, wanted)
-    finished(folder, listing, vae)
+        cache.take(cache.rows_of(1), torch.zeros(4).bool())
+    assert len(finished(folder, listing, vae)) == 12
     assert contents(folder) == whole
-    assert len(open_cache(folder, wanted)) == 12
 
 
 def other_files(tmp_path: Path, listing: Listing, vae: VAE) -> tuple[Listing, VAE, int]:
@@ -255,14 +254,9 @@ def test_a_cache_of_something_else_is_refused_with_the_difference(tmp_path, list
     finished(folder, listing, vae)
     before = contents(folder)
     changes = OTHERS[difference](tmp_path, listing, vae)
-    for call in (
-        lambda: write(folder, *changes[:2], size=changes[2]),
-        lambda: open_cache(folder, identity(*changes)),
-    ):
-        with pytest.raises(InputError) as caught:
-            call()
-        text = str(caught.value)
-        assert f"{folder} is of another {difference}; give another folder, or remove" in text
+    with pytest.raises(InputError) as caught:
+        write(folder, *changes[:2], size=changes[2])
+    assert f"{folder} is of another {difference}; give another folder, or remove" in str(caught.value)
     assert contents(folder) == before
 
 
@@ -271,8 +265,6 @@ def test_a_cache_serves_any_selection_of_its_classes_and_takes_more_in(tmp_path,
     some, folder = list_images(listing.source, "train", ("cat", "ant")), tmp_path / "cache"
     cache = finished(folder, some, vae)
     assert cache.labels.tolist() == [0] + [1] * 7 and cache.shards[0].name == "cat-0000"
-    with pytest.raises(InputError, match=r"is without bee; add what is missing with acs-fast encode --out"):
-        open_cache(folder, identity(listing, vae, SIZE))
     whole = finished(folder, listing, vae)
     finished(tmp_path / "at once", listing, vae)
     assert contents(folder) == contents(tmp_path / "at once")
@@ -290,9 +282,6 @@ def test_another_decoder_has_the_same_latents(tmp_path, listing, vae):
 
 
 def test_what_is_no_cache_is_refused(tmp_path, listing, vae):
-    wanted = identity(listing, vae, SIZE)
-    with pytest.raises(InputError, match=r"there is no latent cache .*; make it with acs-fast encode"):
-        open_cache(tmp_path / "absent", wanted)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is a file; give a folder"):
         write(tmp_path / "file", listing, vae)

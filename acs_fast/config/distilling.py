@@ -115,6 +115,11 @@ class DistillConfig:
     attention: str = attention_option()
     compile: str = compile_option()
 
+    @property
+    def guided(self) -> bool:
+        """Whether curricula after the first are steered by a discriminator."""
+        return self.guidance_scale > 0 and self.num_curricula > 1
+
     def __post_init__(self) -> None:
         counts = (
             "num_curricula",

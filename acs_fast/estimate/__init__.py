@@ -17,7 +17,6 @@ from acs_fast.estimate.needs import (
     count_memory,
     count_work,
     free_space,
-    is_guided,
     reachable_memory,
 )
 from acs_fast.estimate.timing import Seconds, measure
@@ -165,7 +164,7 @@ def make_plan(
 
 def _method(config: DistillConfig) -> str:
     guidance = "none"
-    if is_guided(config):
+    if config.guided:
         low, high = config.guidance_window
         guidance = (
             f"{config.objective}, {config.guidance_scale:g} x {config.trust_radius}, jacobian "
@@ -183,7 +182,7 @@ def _assumptions(
     found = {
         f"{size(disk.image)} an image ({config.format}, {measured})": True,
         "writing keeps up; start-up and judging take no time": True,
-        "guidance as long as by autograd": is_guided(config),
+        "guidance as long as by autograd": config.guided,
         "steps launched one by one": cuda,
         "decoding is not hidden by sampling": cuda and generator.vae is not None,
         "no memory is given back": True,

@@ -107,11 +107,6 @@ class Disk:
         return self.images + self.latents + self.discriminators + self.manifest
 
 
-def is_guided(config: DistillConfig) -> bool:
-    """Whether curricula after the first are guided."""
-    return config.guidance_scale > 0 and config.num_curricula > 1
-
-
 def guided_steps(config: DistillConfig) -> int:
     """The respaced steps whose t/T lies in the guided window."""
     low, high = config.guidance_window
@@ -136,7 +131,7 @@ def count_work(
 ) -> Work:
     """The work that is left; arguments as `make_plan` has them."""
     config, shape = generator.config, generator.shape
-    guided = is_guided(config)
+    guided = config.guided
     batches = {
         curriculum: [-(-share // bucket) for share in shares(count, num_ranks)]
         for curriculum, count in missing.items()
@@ -201,7 +196,7 @@ def count_memory(generator: ImageGenerator, layout: Layout, *, bucket: int, num_
     """What a rank needs at the last curriculum, where it needs most."""
     config, shape, size = generator.config, generator.shape, generator.shape.input_size
     numel = shape.in_channels * size**2
-    plain, guided = config.backend == "reference", is_guided(config)
+    plain, guided = config.backend == "reference", config.guided
     steps = config.num_sampling_steps
     slots = table_slots(generator.model, steps, bucket, layout.num_classes) + 1
     vaes = {id(vae): vae for vae in (generator.vae, generator.seen_by) if vae is not None}
@@ -275,11 +270,11 @@ def count_disk(
     image, measured = image_bytes(out, config.format, channels * edge**2)
     latent = shape.in_channels * shape.input_size**2 * FP32
     network, networks, last = 0, 0, len(layout.ranges)
-    if is_guided(config):
+    if config.guided:
         network = seen_cost(generator, layout.num_classes).parameters * FP32
         networks = config.num_curricula - 1 + (config.objective == "learnability")
     # the last curriculum's samples are for nobody to train on
-    held = {i: config.keep_latents or (is_guided(config) and i < last) for i in range(1, last + 1)}
+    held = {i: config.keep_latents or (config.guided and i < last) for i in range(1, last + 1)}
     new = left * (image + ROW_BYTES) + sum(count for i, count in missing.items() if held[i]) * latent
     return Disk(
         images=round(layout.total * image),

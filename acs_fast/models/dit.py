@@ -33,6 +33,11 @@ class DiTConfig:
     mlp_norm_eps: float = 1e-6
     downscale_freq_shift: int = 0
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in label order: the label numbers where they have no names."""
+        return self.classes or tuple(map(str, range(self.num_classes)))
+
     def __post_init__(self) -> None:
         for name in (
             "input_size",
