@@ -370,13 +370,31 @@ class Clock:
         return call
 
 
-def test_a_long_call_is_made_for_few_images_once(monkeypatch) -> None:
+def test_a_long_call_is_made_for_few_images_and_seldom(monkeypatch) -> None:
     clock = Clock(monkeypatch, images_per_second=2.0)
     assert timing.timed(clock.make, 64, CPU) == 32.0
-    assert clock.called == [4]
+    assert clock.called == [4, 4]
     clock = Clock(monkeypatch, images_per_second=0.25)
     assert timing.timed(clock.make, 6, CPU, together=3) == 24.0
+    assert clock.called == [1, 1]
+    clock = Clock(monkeypatch, images_per_second=0.05)
+    assert timing.timed(clock.make, 2, CPU) == 40.0
     assert clock.called == [1]
+
+
+def test_a_first_call_on_a_busy_machine_is_not_believed(monkeypatch) -> None:
+    clock, late = Clock(monkeypatch, images_per_second=640.0), iter([8.0])
+
+    def make(n: int) -> Any:
+        call = clock.make(n)
+
+        def slow_at_first() -> None:
+            call()
+            clock.now += next(late, 0.0)
+
+        return slow_at_first
+
+    assert timing.timed(make, 64, CPU) == pytest.approx(0.1)
 
 
 def test_a_short_call_is_repeated_without_the_first(monkeypatch) -> None:
