@@ -19,6 +19,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -217,9 +218,12 @@ def write_cache(
         with locked(folder, [place(shards[number]) for number in own]):
             left = [shards[n] for n in missing_shards(folder, shards, shape) if n in own]
             total = sum(len(shard.rows) for shard in left)
+            started = time.perf_counter()
             with tqdm(total=total, desc="encode", unit="image", disable=None, bar_format=BAR) as bar:
                 for shard in left:
                     _write_shard(folder, shard, listing, vae, size, loader, batch_size, bar)
+            seconds = time.perf_counter() - started
+            print(f"{folder}: {total} images encoded, {total / seconds:.3g} images/s", flush=True)
     if missing_shards(folder, shards, shape):
         return None
     return LatentCache(folder, listing.labels, shape, listing.classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -58,9 +59,11 @@ class Steering:
         self._sampled: tuple[int, tuple[Tensor, Tensor]] | None = None
 
     def prepare(self) -> None:
-        """Make what training needs of the real images: for a latent model their latents."""
+        """Say what is left out of the real images; for a latent model make their latents."""
         if self.real is None:
             return
+        if self.ranks.leads and (text := self.real.summary()):
+            print(text, file=sys.stderr, flush=True)
         vae = self.generator.vae if self.generator.seen_by is None else None
         self.real.prepare(vae, Path(self.config.cache or self.out / "latents"))
 

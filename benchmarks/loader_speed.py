@@ -90,14 +90,16 @@ def theirs(listing: Listing, size: int, batch_size: int) -> Callable[[], Iterato
     return batches
 
 
-def readers(listing: Listing, size: int, batch_size: int) -> Callable[[], Iterator[int]]:
-    """The same by DALI's own file reader: what our reading and drawing on the host costs."""
+def readers(listing: Listing, size: int, batch_size: int, resize: bool = True) -> Callable[[], Iterator[int]]:
+    """The same by DALI's own file reader and resize; or its decode alone, which says what the resize takes."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=batch_size, num_threads=2, device_id=None)
     def pipeline() -> Any:
         data, _ = fn.readers.file(files=[entry.path for entry in listing.entries], name="files")
         images = fn.decoders.image(data, output_type=types.RGB, jpeg_fancy_upsampling=True)
+        if not resize:
+            return images
         images = fn.resize(
             images, size=(size, size), mode="not_smaller", interp_type=types.INTERP_TRIANGULAR, antialias=True
         )
@@ -115,7 +117,7 @@ def readers(listing: Listing, size: int, batch_size: int) -> Callable[[], Iterat
         pipe.build()
         for _ in range(len(listing.entries) // batch_size):
             (images,) = pipe.run()
-            yield len(torch.utils.dlpack.from_dlpack(images.as_tensor()).clone())
+            yield len(torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()) if resize else batch_size
 
     return batches
 
@@ -179,6 +181,7 @@ def compare(args: argparse.Namespace, listing: Listing) -> dict[str, Any]:
         "pil": ours(listing, args.size, args.batch_size, "pil"),
         "DataLoader with PIL, 2 workers": theirs(listing, args.size, args.batch_size),
         "DALI's own reader": readers(listing, args.size, args.batch_size),
+        "DALI's decode alone": readers(listing, args.size, args.batch_size, resize=False),
     }
     load = os.getloadavg()[0]  # what else the machine does
     rates: dict[str, list[float]] = {name: [] for name in methods}

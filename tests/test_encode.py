@@ -131,6 +131,7 @@ def test_left_out_files_are_named(tmp_path, sources, capsys):
     assert main(command(sources, tmp_path / "cache", "--real", str(tmp_path / "real"))) == 0
     text = capsys.readouterr().out
     assert "2 images; 1 skipped (" in text and "4/notes.txt" in text
+    assert f"{tmp_path / 'cache'}: 2 images encoded, " in text and text.count(" images/s\n") == 1
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

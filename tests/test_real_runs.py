@@ -119,6 +119,12 @@ def test_a_run_repeats_and_continues_with_the_same_bytes(make, tmp_path: Path, o
     assert contents(out) == whole
 
 
+def test_what_is_left_out_of_the_real_images_is_said(make, sources: Path, capsys) -> None:
+    distill(make(objective="density_ratio", num_curricula=2))
+    error = capsys.readouterr().err
+    assert error.count(f"{sources / 'real'}: 18 images; 1 skipped (") == 1 and "ant/cut.jpg" in error
+
+
 def test_f_real_is_trained_once(make, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
     feed = steering.RealImages.batches
