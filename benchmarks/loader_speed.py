@@ -91,7 +91,7 @@ def theirs(listing: Listing, size: int, batch_size: int) -> Callable[[], Iterato
 
 
 def readers(listing: Listing, size: int, batch_size: int, resize: bool = True) -> Callable[[], Iterator[int]]:
-    """The same by DALI's own file reader and resize; or its decode alone, which says what the resize takes."""
+    """The same by DALI's own file reader and resize; or its decode alone: the rest is the resize."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=batch_size, num_threads=2, device_id=None)

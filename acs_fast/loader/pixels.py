@@ -15,7 +15,7 @@ def resized(box: Tensor, size: int) -> Tensor:
     """uint8 [H, W, C] resized to [C, S, S]: the triangle filter, widened by the scale where it shrinks.
 
     This is torchvision's and Pillow's antialiased bilinear filter, renormalised at the border. On a CPU in
-    integers, uint8 out, several times as fast as Pillow; on a GPU in fp32, 0 to 255, not rounded.
+    integers, uint8 out; on a GPU in fp32, 0 to 255, not rounded.
     """
     image = box.permute(2, 0, 1)
     if image.shape[1:] == (size, size):
