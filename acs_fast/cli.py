@@ -72,9 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--evaluate", action="store_true", help="evaluate the set afterwards and write the report"
     )
-    command.add_argument(
-        "--baselines", type=_names, default=(), help="with --evaluate: random, plain or both"
-    )
+    command.add_argument("--baselines", type=_names, default=(), help="with --evaluate: those of evaluate")
     command.add_argument("--overwrite", action="store_true", help="replace a run in the output folder")
     command.add_argument("--plan", action="store_true", help="print what it will take, write nothing")
     command.set_defaults(call=run_distill)
@@ -199,11 +197,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def report_evaluation(config: EvaluateConfig, as_json: bool) -> None:
     """Evaluate and print the table or the JSON."""
-    from acs_fast.evaluation import evaluate, format_table  # deferred: see run_distill
+    from acs_fast.evaluation import evaluate, format_results  # deferred: see run_distill
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         results = evaluate(config)
-    print(json.dumps(results, indent=2) if as_json else format_table(results))
+    print(json.dumps(results, indent=2) if as_json else format_results(results))
     report = Path(config.path) / "report.html"
     if report.is_file() and not as_json:
         print(f"  {Path(config.path) / 'results.json'}\n  {report}")

@@ -20,6 +20,7 @@ from acs_fast.config import InputError
 from acs_fast.listing import (
     SPLITS,
     Entry,
+    Listing,
     class_folders,
     known_classes,
     list_images,
@@ -57,16 +58,21 @@ class ImageSet:
 
     def random(self, ipc: int, seed: int) -> ImageSet:
         """`ipc` random images of every class."""
-        generator = torch.Generator().manual_seed(seed)
-        chosen = []
-        for y in range(len(self.classes)):
-            members = torch.nonzero(self.labels == y)[:, 0]
-            chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
-        return self.take(torch.cat(chosen))
+        return self.take(random_rows(self.labels, len(self.classes), ipc, seed))
 
     def take(self, rows: Tensor) -> ImageSet:
         """The images of the given row numbers."""
         return ImageSet(self.images[rows], self.labels[rows], self.classes, self.mirror)
+
+
+def random_rows(labels: Tensor, num_classes: int, ipc: int, seed: int) -> Tensor:
+    """The rows of `ipc` random images of every class, or of all where it has fewer; class by class."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for y in range(num_classes):
+        members = torch.nonzero(labels == y)[:, 0]
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
+    return torch.cat(chosen)
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -284,7 +290,7 @@ def _pixels(source: Path | io.BytesIO, name: str, size: int | None, channels: in
         raise InputError(f"image {name} cannot be read ({error}); remove or replace it") from error
     size = size or min(image.size)
     if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return torch.from_numpy(pixels.copy()).reshape(size, size, -1).permute(2, 0, 1).contiguous()
 
@@ -303,17 +309,28 @@ def _load_listed(
         print(text, file=sys.stderr)
     first = listing.entries[0]
     size = size or min(first.width, first.height)
-    if channels is None:
-        with Image.open(io.BytesIO(read_bytes(first))) as image:
-            channels = 1 if image.mode in ("1", "L") else 3
-    images = torch.empty(len(listing.entries), channels, size, size, dtype=torch.uint8)
+    rows = torch.arange(len(listing.entries))
+    return read_listed(listing, rows, size, channels or channels_of(first), loader)
+
+
+def channels_of(entry: Entry) -> int:
+    """1 for a grey image, 3 for any other."""
+    with Image.open(io.BytesIO(read_bytes(entry))) as image:
+        return 1 if image.mode in ("1", "L") else 3
+
+
+def read_listed(listing: Listing, rows: Tensor, size: int, channels: int, loader: str = "auto") -> ImageSet:
+    """The images of these rows of a list, in their order: shorter side resized to `size`, centre cropped."""
+    images = torch.empty(len(rows), channels, size, size, dtype=torch.uint8)
     batches = ordered(
-        listing, range(len(images)), size=size, channels=channels, batch_size=64,
+        listing, rows.tolist(), size=size, channels=channels, batch_size=64,
         loader=resolve_loader(loader), device=torch.device("cpu"),
     )  # fmt: skip
+    start = 0
     for batch in batches:
-        images[batch.rows] = to_uint8(batch.images)
-    return ImageSet(images, listing.labels, listing.classes)
+        images[start : start + len(batch.rows)] = to_uint8(batch.images)
+        start += len(batch.rows)
+    return ImageSet(images, listing.labels[rows], listing.classes)
 
 
 def _load_digits(split: str, classes: tuple[str, ...] | None) -> ImageSet:

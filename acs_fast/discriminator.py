@@ -215,10 +215,10 @@ class Trainer:
         for step, (rate, examples) in enumerate(zip(rates, batches, strict=False)):
             bucket = self._bucket(examples)
             if first:  # after the bucket, whose capture trains
-                self._reset(initial)
+                graph.start_anew(self.network, self.optimizer, initial)
                 first = False
             bucket.write(examples)
-            self._set_rate(rate, table[step])
+            graph.set_rate(self.optimizer, table[step] if self.capture else rate)
             bucket.step()
             yield self.loss.clone()
 
@@ -238,7 +238,7 @@ class Trainer:
         return self.buckets[key]
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The replay of `step` as a CUDA graph; the warm-up trains on zeros, so `_reset` must follow.
+        """The replay of `step` as a CUDA graph; the warm-up trains on zeros, so a start anew must follow.
 
         The graphs share one pool: they replay one after another, and none reads what another left there.
         """
@@ -249,21 +249,6 @@ class Trainer:
 
         with torch.cuda.device(self.device):
             return graph.capture(step, warm_up, self.pool).replay
-
-    def _set_rate(self, rate: float, on_device: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(on_device)
-            else:
-                group["lr"] = rate
-
-    @torch.no_grad()
-    def _reset(self, initial: dict[str, Any]) -> None:
-        """Start anew in place: these weights, and AdamW as before its first step."""
-        self.network.load_state_dict(initial)
-        for state in self.optimizer.state.values():
-            for values in state.values():
-                values.zero_()
 
 
 def _loss(

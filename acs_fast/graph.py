@@ -1,4 +1,4 @@
-"""Capture of a fixed sequence of GPU work as one CUDA graph."""
+"""Capture of a fixed sequence of GPU work as one CUDA graph, and what a captured training needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def capture(call: Callable[[], None], warm_up: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
@@ -25,3 +26,24 @@ def capture(call: Callable[[], None], warm_up: Callable[[], None], pool: Any = N
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         call()
     return graph
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
+    """The learning rate of the next steps; where a graph reads it from the device, it is put there."""
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] = float(rate)
+        elif isinstance(rate, Tensor):
+            group["lr"].copy_(rate)
+        else:
+            group["lr"].fill_(rate)
+
+
+@torch.no_grad()
+def start_anew(network: nn.Module, optimizer: torch.optim.Optimizer, initial: dict[str, Any]) -> None:
+    """In place: these weights, and the optimizer as before its first step."""
+    network.load_state_dict(initial)
+    for state in optimizer.state.values():
+        for values in state.values():
+            if isinstance(values, Tensor):
+                values.zero_()

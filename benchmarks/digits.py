@@ -28,7 +28,8 @@ from acs_fast.config import DistillConfig, EvaluateConfig, resolve
 from acs_fast.curriculum import distill
 from acs_fast.data import DIGITS, ImageSet, load_images
 from acs_fast.environment import describe
-from acs_fast.protocol import train_and_test
+from acs_fast.evaluation.protocols import make_recipe
+from acs_fast.evaluation.training import TestSet, train_and_test
 
 RESULTS = Path(__file__).parent / "results"
 RANDOM = "random real"
@@ -76,10 +77,12 @@ def judge(train: ImageSet, seed: int) -> dict[str, Any]:
     started = time.perf_counter()
     protocol = resolve(EvaluateConfig, {"preset": DIGITS})
     assert protocol.epochs is not None
-    test, cpu = load_images(DIGITS, "val"), torch.device("cpu")
-    accuracy = train_and_test(train, test, "convnet-3", protocol.protocol, protocol.epochs, seed, cpu)
+    cpu = torch.device("cpu")
+    test = TestSet.of(load_images(DIGITS, "val"), cpu)
+    recipe = make_recipe(protocol.protocol[0], len(train) // len(train.classes), 10, protocol.epochs)
+    accuracy = train_and_test(train, test, "convnet-3", recipe, seed, cpu)
     return {
-        "protocol": protocol.protocol,
+        "protocol": recipe.protocol,
         "epochs": protocol.epochs,
         "best": accuracy.best,
         "last": accuracy.last,

@@ -27,8 +27,9 @@ from acs_fast.config import REAL_OBJECTIVES, DistillConfig, EvaluateConfig, reso
 from acs_fast.curriculum import distill
 from acs_fast.data import DIGITS, load_images
 from acs_fast.environment import describe
+from acs_fast.evaluation.protocols import make_recipe
+from acs_fast.evaluation.training import TestSet, train_and_test
 from acs_fast.models.classifier import default_network
-from acs_fast.protocol import train_and_test
 from benchmarks.digits import RANDOM, RESULTS, run, table
 
 SEEDS = range(3)
@@ -64,7 +65,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     train = dataclasses.replace(train, mirror=test.mirror)
     digits = resolve(EvaluateConfig, {"preset": DIGITS})
     network, epochs = default_network(test.images.shape[-1]), cell["epochs"] or digits.epochs
-    accuracy = train_and_test(train, test, network, "hard-adamw", epochs, seed, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    recipe = make_recipe("hard-adamw", cell["ipc"], len(train.classes), epochs)
+    accuracy = train_and_test(train, TestSet.of(test, cpu), network, recipe, seed, cpu)
     names = {name: Path(cell[name]).name for name in ("real", "model")}  # a path means nothing elsewhere
     return {
         **cell,

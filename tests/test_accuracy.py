@@ -10,15 +10,17 @@ import torch
 
 from acs_fast import DistillConfig, distill
 from acs_fast.data import load_images
-from acs_fast.protocol import train_and_test
+from acs_fast.evaluation.protocols import make_recipe
+from acs_fast.evaluation.training import TestSet, train_and_test
 
 
 def accuracy(folder: Path, seed: int, **settings: float) -> float:
     """Last accuracy of one classifier on the 500 test digits, as in `benchmarks/digits.py`."""
     out = distill(DistillConfig(ipc=5, seed=seed, device="cpu", out=str(folder), **settings))
     train = dataclasses.replace(load_images(str(out / "images"), "train"), mirror=False)
-    test = load_images("digits", "val")
-    return train_and_test(train, test, "convnet-3", "hard-adamw", 400, seed, torch.device("cpu")).last
+    cpu = torch.device("cpu")
+    test, recipe = TestSet.of(load_images("digits", "val"), cpu), make_recipe("hard-adamw", 5, 10, 400)
+    return train_and_test(train, test, "convnet-3", recipe, seed, cpu).last
 
 
 def test_acs_teaches_more_than_plain_sampling(tmp_path: Path) -> None:

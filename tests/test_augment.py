@@ -145,49 +145,51 @@ def color_jitter_one(image, factors, order):
     return x
 
 
+def colors(factors=(1.0, 1.0, 1.0), order=(0, 1, 2), alpha=(0.0, 0.0, 0.0)):
+    return torch.tensor([[*factors, *order, *alpha]])
+
+
+def recolored(x, drawn):
+    """`recolor` before its normalisation."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return augment.recolor(x, drawn) * std + mean
+
+
 def test_color_jitter_blends_each_image_in_its_own_order():
-    x = images(12, size=4)
-    generator = seeded(3)
-    factors = (1 + 0.4 * (2 * torch.rand(12, 3, generator=generator) - 1)).tolist()
-    orders = torch.rand(12, 3, generator=generator).argsort(dim=1).tolist()
+    x, drawn = images(12, size=4), augment.draw_colors(12, seeded(3))
+    drawn[:, 6:] = 0.0
+    orders = drawn[:, 3:6].int().tolist()
     assert len({tuple(order) for order in orders}) > 3
-    got = augment.color_jitter(x, seeded(3))
-    expected = [color_jitter_one(*row) for row in zip(x, factors, orders, strict=True)]
-    torch.testing.assert_close(got.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    expected = [color_jitter_one(*row) for row in zip(x, drawn[:, :3].tolist(), orders, strict=True)]
+    torch.testing.assert_close(recolored(x, drawn).double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_color_jitter_of_no_strength_changes_nothing():
+def test_factors_of_one_change_nothing():
     x = images()
-    torch.testing.assert_close(augment.color_jitter(x, seeded(), strength=0.0), x)
+    torch.testing.assert_close(recolored(x, colors().expand(len(x), 9)), x)
 
 
-@pytest.mark.parametrize("strength", [0.4, 0.1], ids=lambda v: f"strength-{v}")
-def test_brightness_factors_span_one_plus_minus_strength(strength):
-    # of a grey image with constant value, contrast and saturation change nothing: the factor is read off
-    factors = augment.color_jitter(torch.full((2000, 3, 2, 2), 0.5), seeded(), strength)[:, 0, 0, 0] / 0.5
-    assert 1 - strength - 1e-3 < factors.min() < 1 - 0.98 * strength
-    assert 1 + 0.98 * strength < factors.max() < 1 + strength + 1e-3
-    assert abs(factors.mean() - 1) < 0.05 * strength * 4
+def test_colors_are_drawn_as_stated():
+    drawn = augment.draw_colors(3000, seeded())
+    factors, order, alpha = drawn[:, :3], drawn[:, 3:6], drawn[:, 6:]
+    assert 0.6 <= factors.min() < 0.605 and 1.395 < factors.max() <= 1.4
+    assert factors.mean(dim=0).sub(1).abs().max() < 0.015
+    counts = torch.unique(order, dim=0, return_counts=True)[1]
+    assert len(counts) == 6 and counts.min() > 400  # every order is as likely
+    assert alpha.std(dim=0).tolist() == pytest.approx([0.1] * 3, rel=0.05)
 
 
 def test_lighting_adds_the_pca_shift():
     x = images(5)
-    alpha = 0.1 * torch.randn(5, 3, generator=seeded(4), dtype=torch.float32)
-    got = augment.lighting(x, seeded(4))
+    drawn = colors().repeat(5, 1)
+    alpha = drawn[:, 6:] = 0.1 * torch.randn(5, 3, generator=seeded(4))
+    got = recolored(x, drawn)
     vectors = [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
     values = [0.2175, 0.0188, 0.0045]
     for i in range(5):
         for channel in range(3):
             shift = sum(vectors[channel][k] * float(alpha[i, k]) * values[k] for k in range(3))
             torch.testing.assert_close(got[i, channel], x[i, channel] + shift, rtol=1e-5, atol=1e-6)
-
-
-def test_lighting_scales_with_its_deviation():
-    x = torch.zeros(3000, 3, 1, 1)
-    assert torch.equal(augment.lighting(x, seeded(), std=0.0), x)
-    # the principal axis carries 0.2175^2 of the variance, the others next to nothing
-    spread = augment.lighting(x, seeded(), std=0.5).norm(dim=1).square().mean().sqrt().item()
-    assert spread == pytest.approx(0.5 * math.sqrt(0.2175**2 + 0.0188**2 + 0.0045**2), rel=0.05)
 
 
 def test_normalize():
@@ -199,30 +201,26 @@ def test_normalize():
 
 @pytest.mark.parametrize("size", [8, 15], ids=["8px", "15px"])
 @pytest.mark.parametrize("seed", range(12))
-def test_cutmix_pastes_one_box_and_states_its_labels_and_area(size, seed):
-    batch = 7
-    labels = torch.arange(batch)
+def test_cutmix_pastes_one_box_and_states_its_area(size, seed):
+    labels = torch.arange(7)
     position = torch.arange(2 * size * size, dtype=torch.float32).view(1, 2, size, size)
     x = position + 1000.0 * labels.view(-1, 1, 1, 1)  # every value names its image and its place
-    mixed, other, kept = augment.cutmix(x, labels, seeded(seed))
-    assert sorted(other.tolist()) == labels.tolist()
+    box, order = augment.draw_cutmix(7, size, seeded(seed))
+    mixed, kept = augment.cutmix(x, box, order)
+    assert sorted(order.tolist()) == labels.tolist()
     source = (mixed / 1000).floor().long()
     assert torch.equal(mixed - 1000.0 * source, position.expand_as(mixed))  # pixels keep their place
-    pasted = source != labels.view(-1, 1, 1, 1)
-    assert torch.equal(source[pasted], other.view(-1, 1, 1, 1).expand_as(source)[pasted])
-    moved = other != labels
-    boxes = pasted[moved].flatten(0, 1)
-    box = boxes[0]
-    assert (boxes == box).all()
-    assert torch.equal(box, box.any(dim=1)[:, None] & box.any(dim=0))  # a rectangle
-    assert box.float().mean().item() == pytest.approx(1 - kept, abs=1e-6)
+    top, bottom, left, right = box.tolist()
+    expected = labels.view(-1, 1, 1, 1).expand_as(source).clone()
+    expected[:, :, top:bottom, left:right] = order.view(-1, 1, 1, 1)
+    assert torch.equal(source, expected)
+    assert kept.item() == pytest.approx(1 - (bottom - top) * (right - left) / size**2, abs=1e-6)
     assert torch.equal(x, position + 1000.0 * labels.view(-1, 1, 1, 1))  # the input is left alone
 
 
 def test_cutmix_area_is_uniform_up_to_the_border():
-    x, labels = images(2, 1, 64), torch.arange(2)
-    generator = seeded()
-    kept = torch.tensor([augment.cutmix(x, labels, generator)[2] for _ in range(2000)])
+    x, generator = images(2, 1, 64), seeded()
+    kept = torch.tensor([augment.cutmix(x, *augment.draw_cutmix(2, 64, generator))[1] for _ in range(2000)])
     assert kept.min() >= 0 and kept.max() <= 1
     # the box is clipped at the border, so the kept area is at least the drawn one: E = 1 - E[clipped area]
     drawn = torch.rand(2000, generator=seeded(1))
@@ -234,12 +232,28 @@ def test_cutmix_area_is_uniform_up_to_the_border():
         assert kept.quantile(q).item() == pytest.approx(expected.quantile(q).item(), abs=0.04)
 
 
+def shuffled_one(image, swaps):
+    """RDED's 2x2 patches of one image: the columns in a new order, then the rows."""
+    half = image.shape[-1] // 2
+    columns = [image[:, :, :half], image[:, :, half:]]
+    image = torch.cat(columns[::-1] if swaps[0] else columns, dim=2)
+    rows = [image[:, :half], image[:, half:]]
+    return torch.cat(rows[::-1] if swaps[1] else rows, dim=1)
+
+
+@pytest.mark.parametrize("size", [8, 7], ids=["8px", "7px"])
+def test_patches_are_swapped_column_by_column_and_row_by_row(size):
+    x, swaps = images(12, 3, size), augment.draw_patches(12, seeded(1))
+    assert len({tuple(row) for row in swaps.tolist()}) == 4
+    expected = torch.stack([shuffled_one(*row) for row in zip(x, swaps.tolist(), strict=True)])
+    assert torch.equal(augment.shuffle_patches(x, swaps), expected)
+
+
 TRANSFORMS = {
     "crop": lambda x, g: augment.random_resized_crop(x, True, g),
-    "jitter": augment.color_jitter,
-    "lighting": augment.lighting,
-    "cutmix": lambda x, g: augment.cutmix(x, torch.arange(len(x)), g)[0],
-    "all": lambda x, g: augment.train_transform(x, True, g),
+    "recolor": lambda x, g: augment.recolor(x, augment.draw_colors(len(x), g)),
+    "cutmix": lambda x, g: augment.cutmix(x, *augment.draw_cutmix(len(x), x.shape[-1], g))[0],
+    "patches": lambda x, g: augment.shuffle_patches(x, augment.draw_patches(len(x), g)),
 }
 
 
@@ -253,15 +267,3 @@ def test_transforms_are_functions_of_the_generator(name):
     assert torch.equal(transform(x, seeded(5)), first)
     assert not torch.equal(transform(x, seeded(6)), first)
     assert torch.equal(x, kept)
-
-
-def test_train_transform_is_the_named_sequence():
-    x, a, b = images(), seeded(7), seeded(7)
-    got = augment.train_transform(x, True, a)
-    steps = augment.random_resized_crop(x, True, b)
-    steps = augment.lighting(augment.color_jitter(steps, b), b)
-    torch.testing.assert_close(got, augment.normalize(steps))
-    grey = x[:, :1]
-    a, b = seeded(8), seeded(8)
-    expected = augment.normalize(augment.random_resized_crop(grey, False, b))
-    torch.testing.assert_close(augment.train_transform(grey, False, a), expected)

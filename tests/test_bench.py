@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from acs_fast import ops
+from acs_fast import graph, ops
 from acs_fast.attention import Attention
 from acs_fast.bench import measure, subject, timing
 from acs_fast.bench.subject import random_dit
@@ -24,7 +24,6 @@ from acs_fast.bench.timing import Run, gemm_runs, interleaved, memory_mb, operat
 from acs_fast.cli import main
 from acs_fast.config import BenchConfig, DistillConfig
 from acs_fast.denoiser import Denoiser
-from acs_fast.discriminator import Trainer
 from acs_fast.engine import StepEngine
 from acs_fast.estimate.flop import denoiser_flops
 from acs_fast.models import classifier
@@ -157,7 +156,7 @@ def not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_set_rate", lambda *args: None)
+    monkeypatch.setattr(graph, "set_rate", lambda *args: None)
 
 
 @pytest.mark.parametrize(

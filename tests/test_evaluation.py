@@ -13,75 +13,32 @@ import torch
 from acs_fast import EvaluateConfig, InputError, distill, evaluate, evaluation
 from acs_fast.cli import main
 from acs_fast.data import load_images
-from acs_fast.evaluation import choose_protocol, format_table, read_run
-from acs_fast.protocol import Accuracy, make_optimizer, protocol_epochs, train_and_test
+from acs_fast.evaluation import choose_recipes
+from acs_fast.evaluation import results as results_file
+from acs_fast.evaluation.protocols import make_recipe
+from acs_fast.evaluation.runs import read_run
+from acs_fast.evaluation.training import Accuracy, TestSet, train_and_test
 from acs_fast.writer import lock
 from tests.runs import contents, stored
 
-
-@pytest.mark.parametrize(
-    ("ipc", "classes", "epochs"),
-    [
-        (1, 10, 3000),
-        (10, 10, 2000),
-        (11, 10, 1500),
-        (100, 10, 1000),
-        (500, 10, 500),
-        (501, 10, 300),
-        (10, 100, 1300),
-    ],
-)
-def test_epochs_follow_the_ipc(ipc: int, classes: int, epochs: int) -> None:
-    assert protocol_epochs(ipc, classes) == epochs
-
-
-@pytest.mark.parametrize(
-    ("protocol", "classes", "kind", "lr", "decay"),
-    [
-        ("hard-sgd", 10, torch.optim.SGD, 0.01, 5e-4),
-        ("hard-sgd", 1000, torch.optim.SGD, 0.1, 1e-4),
-        ("hard-adamw", 10, torch.optim.AdamW, 1e-3, 0.01),
-    ],
-)
-def test_optimizers(protocol: str, classes: int, kind: type, lr: float, decay: float) -> None:
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), protocol, classes)
-    assert type(optimizer) is kind
-    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, decay)
-
-
-def test_the_rate_falls_at_two_thirds_and_five_sixths(monkeypatch) -> None:
-    rates = []
-    real = torch.optim.SGD.step
-
-    def step(self, *args):
-        rates.append(round(self.param_groups[0]["lr"], 6))
-        return real(self, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
-    train = load_images("digits", "train").random(2, 0)
-    test = load_images("digits", "val").first(1)
-    train_and_test(train, test, "convnet-2", "hard-sgd", 12, 0, torch.device("cpu"))
-    assert rates == [0.01] * 8 + [0.002] * 2 + [0.0004] * 2
+CPU = torch.device("cpu")
 
 
 def test_a_classifier_of_real_digits_learns_and_best_is_not_below_last() -> None:
     train = load_images("digits", "train").random(20, 0)
-    accuracy = train_and_test(
-        train, load_images("digits", "val"), "convnet-3", "hard-adamw", 40, 0, torch.device("cpu")
-    )
+    test, recipe = TestSet.of(load_images("digits", "val"), CPU), make_recipe("hard-adamw", 20, 10, 40)
+    accuracy = train_and_test(train, test, "convnet-3", recipe, 0, CPU)
     assert 65 < accuracy.last <= accuracy.best
     wrong = train.take(torch.arange(len(train)))
     wrong.labels.copy_((wrong.labels + 1) % 10)
-    accuracy = train_and_test(
-        wrong, load_images("digits", "val"), "convnet-3", "hard-adamw", 40, 0, torch.device("cpu")
-    )
+    accuracy = train_and_test(wrong, test, "convnet-3", recipe, 0, CPU)
     assert accuracy.last < 10
 
 
 def test_the_same_seed_gives_the_same_accuracy(tiny) -> None:
     config = EvaluateConfig(path=str(distill(tiny())), epochs=3, repeats=2)
     one, two = evaluate(config), evaluate(config)
-    assert one["sets"] == two["sets"]
+    assert one["evaluations"][0]["sets"] == two["evaluations"][0]["sets"]
 
 
 def test_run_folder_with_baselines(tiny, capsys, tmp_path: Path) -> None:
@@ -102,8 +59,9 @@ def test_run_folder_with_baselines(tiny, capsys, tmp_path: Path) -> None:
     ):
         assert text in printed, printed
     results = json.loads((out / "results.json").read_text())
-    assert list(results["sets"]) == ["distilled", "random real", "plain"]
-    assert len(results["sets"]["plain"]["last"]["values"]) == 2
+    (row,) = results["evaluations"]
+    assert list(row["sets"]) == ["distilled", "random real", "plain"]
+    assert len(row["sets"]["plain"]["last"]["values"]) == 2
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page and "hard-adamw" in page
     after = contents(out)
@@ -112,7 +70,7 @@ def test_run_folder_with_baselines(tiny, capsys, tmp_path: Path) -> None:
     plain = stored(out / "baselines" / "plain", 1)
     assert plain.read_bytes() == stored(out, 1).read_bytes()
     assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["protocol"] == "hard-adamw"
+    assert json.loads(capsys.readouterr().out)["evaluations"][0]["protocol"] == "hard-adamw"
 
 
 def test_image_folder_and_first_ipc_images(tiny, tmp_path: Path, monkeypatch) -> None:
@@ -144,7 +102,7 @@ def test_real_folder_is_tested_on_its_val_images(tiny, tmp_path: Path) -> None:
                 (real / split / name / f"{k}.png").write_bytes(source.read_bytes())
     settings = {"real": str(real), "epochs": 1, "repeats": 1, "baselines": ("random",)}
     results = evaluate(EvaluateConfig(path=str(out / "images"), **settings))
-    assert results["test_images"] == 4
+    assert results["evaluations"][0]["test_images"] == 4
     with pytest.raises(InputError, match="missing or holds no images"):
         evaluate(EvaluateConfig(path=str(out / "images"), real=str(real / "val" / "3")))
 
@@ -154,8 +112,8 @@ def untrained(monkeypatch) -> list[tuple[str, int]]:
     """No classifier is trained and no plain set is sampled: what would have been, as (protocol, epochs)."""
     calls: list[tuple[str, int]] = []
 
-    def train_nothing(train, test, network, protocol, epochs, *rest):
-        calls.append((protocol, epochs))
+    def train_nothing(train, test, network, recipe, *rest):
+        calls.append((recipe.protocol, recipe.epochs))
         return Accuracy(50.0, 40.0)
 
     monkeypatch.setattr(evaluation, "train_and_test", train_nothing)
@@ -174,39 +132,55 @@ def real_folder(out: Path, folder: Path) -> Path:
     ("given", "expected"),
     [
         ({}, ("hard-adamw", 400)),
-        ({"protocol": "hard-sgd"}, ("hard-sgd", 2000)),
-        ({"protocol": "hard-adamw"}, ("hard-adamw", 2000)),
+        ({"protocol": ("hard-sgd",)}, ("hard-sgd", 2000)),
+        ({"protocol": ("hard-adamw",)}, ("hard-adamw", 2000)),
         ({"epochs": 7}, ("hard-adamw", 7)),
-        ({"protocol": "hard-sgd", "epochs": 7}, ("hard-sgd", 7)),
+        ({"protocol": ("hard-sgd",), "epochs": 7}, ("hard-sgd", 7)),
     ],
     ids=str,
 )
 def test_a_run_on_the_digits_has_their_protocol_unless_one_is_named(tiny, untrained, given, expected) -> None:
     results = evaluate(EvaluateConfig(path=str(distill(tiny())), repeats=1, **given))
-    assert untrained == [expected] and (results["protocol"], results["epochs"]) == expected
-    assert results["protocol_epochs"] == 2000
+    (row,) = results["evaluations"]
+    assert untrained == [expected] and (row["protocol"], row["epochs"]) == expected
+    assert row["protocol_epochs"] == 2000
 
 
 def test_the_command_names_a_protocol_and_gets_its_epochs(tiny, untrained, capsys) -> None:
     out = str(distill(tiny()))
     assert main(["evaluate", out, "--repeats", "1"]) == 0
-    assert "hard-adamw: convnet-3, 400 of the protocol's 2000 epochs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "hard-adamw: convnet-3, 400 epochs" in printed and "400 of the protocol's 2000 epochs" in printed
     assert main(["evaluate", out, "--repeats", "1", "--protocol", "hard-sgd"]) == 0
-    assert "hard-sgd: convnet-3, 2000 epochs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "hard-sgd: convnet-3, 2000 epochs" in printed and "of the protocol's" not in printed
     assert untrained == [("hard-adamw", 400), ("hard-sgd", 2000)]
 
 
 def test_other_sets_have_hard_sgd() -> None:
-    assert choose_protocol(EvaluateConfig(), None, 10, 10) == ("hard-sgd", 2000)
+    assert choose_recipes(EvaluateConfig(), None, "", 10, 10) == [make_recipe("hard-sgd", 10, 10)]
 
 
 def test_results_say_how_they_were_made(tiny, untrained) -> None:
     out = distill(tiny())
     results = evaluate(EvaluateConfig(path=str(out), repeats=2, seed=5, baselines=("random",)))
     expected = {"seed": 5, "repeats": 2, "image_size": 8, "mirror": False, "baselines": ["random"]}
-    assert {name: results[name] for name in expected} == expected
-    assert json.loads((out / "results.json").read_text()) == results
-    assert "the protocol resizes" not in format_table({**results, "image_size": 224})
+    (row,) = results["evaluations"]
+    assert {name: row[name] for name in expected} == expected
+    assert json.loads((out / "results.json").read_text())["evaluations"] == [row]
+
+
+def test_a_later_evaluation_replaces_its_own_and_keeps_the_others(tiny, untrained) -> None:
+    out = distill(tiny())
+    two = {"protocol": ("hard-sgd",), "network": ("convnet-1", "convnet-2")}
+    for settings in ({"seed": 1}, two, {"seed": 7}):
+        evaluate(EvaluateConfig(path=str(out), repeats=1, **settings))
+    rows = json.loads((out / "results.json").read_text())["evaluations"]
+    assert [(row["protocol"], row["network"], row["seed"]) for row in rows] == [
+        ("hard-sgd", "convnet-1", 0),
+        ("hard-sgd", "convnet-2", 0),
+        ("hard-adamw", "convnet-3", 7),
+    ]
 
 
 def lose_the_model(out: Path) -> None:
@@ -219,8 +193,8 @@ def change_the_classes(out: Path) -> None:
 
 
 REFUSED = {
-    "network": ({"network": "resnet-18"}, lambda out: None, "resnet-18 needs images of 16 px"),
-    "network-name": ({"network": "vgg"}, lambda out: None, "there is no network 'vgg'"),
+    "network": ({"network": ("convnet-3", "resnet-18")}, lambda out: None, "resnet-18 needs images of 16 px"),
+    "network-name": ({"network": ("vgg",)}, lambda out: None, "there is no network 'vgg'"),
     "ipc": ({"ipc": 5}, lambda out: None, "--ipc 5"),
     "real": ({"real": "nowhere"}, lambda out: None, "there is no image folder nowhere"),
     "model": ({}, lose_the_model, "is not the model of the run any more"),
@@ -233,7 +207,7 @@ def test_what_can_be_refused_is_refused_before_any_work(tiny, untrained, monkeyp
     settings, damage, message = REFUSED[kind]
     out = distill(tiny())
     damage(out)
-    monkeypatch.setattr(evaluation, "sample_plain", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(evaluation, "sampled_set", lambda *args: pytest.fail("sampled"))
     with pytest.raises(InputError, match=message):
         evaluate(EvaluateConfig(path=str(out), baselines=("plain",), **settings))
     assert not untrained
@@ -264,9 +238,9 @@ def test_plain_is_sampled_for_classes_that_are_named_on_the_command_line(tiny, u
 
 
 def test_a_run_on_other_images_than_the_digits_is_judged_by_the_fields_protocol(tiny) -> None:
-    run = evaluation.read_run(distill(tiny()))
-    assert evaluation.choose_protocol(EvaluateConfig(), run, 4, 2) == ("hard-adamw", 400)
-    assert evaluation.choose_protocol(EvaluateConfig(real="elsewhere"), run, 4, 2)[0] == "hard-sgd"
+    run = read_run(distill(tiny()))
+    assert choose_recipes(EvaluateConfig(), run, "digits", 4, 2) == [make_recipe("hard-adamw", 4, 2, 400)]
+    assert choose_recipes(EvaluateConfig(), run, "elsewhere", 4, 2) == [make_recipe("hard-sgd", 4, 2)]
 
 
 def test_a_flat_real_folder_is_no_source_of_random_images(tiny, untrained, tmp_path: Path) -> None:
@@ -275,7 +249,7 @@ def test_a_flat_real_folder_is_no_source_of_random_images(tiny, untrained, tmp_p
     with pytest.raises(InputError, match="has no train/ and val/"):
         evaluate(EvaluateConfig(baselines=("random",), **settings))
     assert not untrained
-    assert evaluate(EvaluateConfig(**settings))["test_images"] == 8
+    assert evaluate(EvaluateConfig(**settings))["evaluations"][0]["test_images"] == 8
 
 
 @pytest.mark.parametrize("name", ["images/8/2.png", "contact_sheet.png"])
@@ -310,7 +284,7 @@ def test_results_outlive_a_report_that_cannot_be_drawn(tiny, untrained, capsys) 
     (out / "report.html").write_text("of earlier results")
     (out / "manifest.jsonl").unlink()
     results = evaluate(EvaluateConfig(path=str(out), repeats=1))
-    assert json.loads((out / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text())["evaluations"] == results["evaluations"]
     assert "no report.html could be drawn" in capsys.readouterr().err
     assert not (out / "report.html").exists()
 
@@ -337,9 +311,9 @@ def test_results_are_written_with_the_run_locked(tiny, untrained, monkeypatch) -
         real(path, value)
 
     waited: list[float] = []
-    real, started = evaluation.write_json, time.monotonic()
+    real, started = results_file.write_json, time.monotonic()
     monkeypatch.setattr(evaluation, "train_and_test", train_while_another_takes_the_lock)
-    monkeypatch.setattr(evaluation, "write_json", write_while_no_other_can)
+    monkeypatch.setattr(results_file, "write_json", write_while_no_other_can)
     evaluate(EvaluateConfig(path=str(out), repeats=1))
     assert waited[0] > 0.3 and (out / "results.json").exists()
 

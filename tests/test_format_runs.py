@@ -11,7 +11,8 @@ import torch
 
 from acs_fast import DistillConfig, EvaluateConfig, InputError, distill, evaluate
 from acs_fast.data import load_images
-from acs_fast.evaluation import load_sets, read_run
+from acs_fast.evaluation import Evaluation
+from acs_fast.evaluation.runs import read_run
 from acs_fast.images import Images
 from acs_fast.manifest import read_rows
 from tests.image_runs import keys_of, picture
@@ -42,9 +43,9 @@ def test_a_run_of_any_format_is_read(tmp_path: Path, format: str) -> None:
     finished_run(tmp_path / "run", format)
     run = read_run(tmp_path / "run")
     assert run is not None and run.classes == CLASSES
-    sets, test, ipc = load_sets(EvaluateConfig(), run, "digits")
-    distilled = sets["distilled"]
-    assert ipc == 12 and test.images.shape[1:] == distilled.images.shape[1:] == (1, 8, 8)
+    found = Evaluation(EvaluateConfig(path=str(tmp_path / "run")))
+    distilled, test = found.distilled, found.real.test(False)
+    assert found.ipc == 12 and test.images.shape[1:] == distilled.images.shape[1:] == (1, 8, 8)
     first = distilled.first(3)
     assert first.labels.tolist() == [0, 0, 0, 1, 1, 1]
     if format in LOSSLESS:
@@ -75,5 +76,7 @@ def test_a_run_in_shards_is_evaluated_beside_its_plain_set(tiny, tmp_path: Path)
     out = distill(tiny(format="wds"))
     assert not list((out / "images").glob("*/*"))
     results = evaluate(EvaluateConfig(path=str(out), epochs=1, repeats=1, baselines=("plain",)))
-    assert list(results["sets"]) == ["distilled", "plain"] and (out / "report.html").is_file()
+    assert (
+        list(results["evaluations"][0]["sets"]) == ["distilled", "plain"] and (out / "report.html").is_file()
+    )
     assert list((out / "baselines" / "plain" / "images").glob("*.tar"))

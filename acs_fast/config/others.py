@@ -15,6 +15,9 @@ from acs_fast.config.fields import (
     require,
 )
 
+BASELINES = ("random", "herding", "k-centre", "plain", "repulsion")
+PROTOCOLS = ("hard-sgd", "hard-adamw", "soft")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -23,27 +26,56 @@ class EvaluateConfig:
     preset: str | None = option(None, "named set of defaults for the fields below")
     path: str = option("runs/digits", "run folder or image folder <class>/*.png", cli=False)
     real: str | None = option(None, "real images: 'digits' or a folder; default: those of the run")
-    protocol: str | None = option(
-        None,
-        "training protocol; default hard-sgd, hard-adamw for runs on the bundled digits",
-        ("hard-sgd", "hard-adamw"),
+    classes: str | None = option(
+        None, "for an image folder: its class folders in label order, comma-separated, a text file or a list"
     )
-    network: str | None = option(
-        None, "convnet-<depth>, resnet-18 or resnetap-10; default: convnet of the size's depth"
+    protocol: tuple[str, ...] = option(
+        (),
+        "comma-separated: hard-sgd, hard-adamw, soft; default hard-sgd, for runs on the digits hard-adamw",
+    )
+    network: tuple[str, ...] = option(
+        (),
+        "comma-separated: convnet-<depth>, resnet-18, resnetap-10, or torchvision's resnet18, resnet50, "
+        "resnet101; default: convnet of the size's depth, resnet18 for soft",
+    )
+    image_size: int | None = option(
+        None, "edge in px that images are resized and cropped to; default: the set's own, at most 224"
     )
     ipc: int | None = option(None, "use the first so many images of each class; default all")
     repeats: int = option(3, "classifiers trained, with seeds seed, seed + 1, ...")
     epochs: int | None = option(None, "training epochs; default: the protocol's, by ipc")
     baselines: tuple[str, ...] = option(
-        (), "comma-separated: random (real images), plain (unguided sampling)"
+        (),
+        "comma-separated: random, herding, k-centre (real images); plain, repulsion (sampling without ACS)",
+    )
+    redundancy: bool = option(False, "accuracy across and after curricula, coverage of the real images")
+    features: str = option(
+        "reference",
+        "where coresets are chosen and coverage is measured: reference (a convnet trained on the real "
+        "images), one of ours, timm:<model> or torchvision:<model>",
+    )
+    teacher: str | None = option(
+        None,
+        "for soft: a state dict of torchvision's resnet18, for ImageNet's or the set's classes; default: one "
+        "trained here",
+    )
+    stored_soft_labels: str | None = option(
+        None, "for soft: folder that keeps the teacher's labels with their crops, to be used again"
     )
     seed: int = option(0, "seed of the first repeat")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        check(self, ("ipc", "repeats", "epochs"))
-        for name in self.baselines:
-            require(name in ("random", "plain"), f"there is no baseline {name!r}; use random, plain or both")
+        check(self, ("ipc", "repeats", "epochs", "image_size"))
+        for known, chosen, what in (
+            (BASELINES, self.baselines, "baseline"),
+            (PROTOCOLS, self.protocol, "protocol"),
+        ):
+            for name in chosen:
+                require(name in known, f"there is no {what} {name!r}; use {', '.join(known)}")
+        for what in ("baselines", "protocol", "network"):
+            chosen = getattr(self, what)
+            require(len(set(chosen)) == len(chosen), f"--{what} {','.join(chosen)} names one twice")
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "imagenet1k": _imagenet("imagenet1k", 1000, 256),
     },
     "EvaluateConfig": {
-        "digits": {"protocol": "hard-adamw", "epochs": 400},
+        "digits": {"protocol": ("hard-adamw",), "epochs": 400},
         # the one of the field's three networks that most tables have, and that of ImageNet-1K's tables
-        "imagewoof": {"network": "resnetap-10"},
-        "imagenette": {"network": "resnetap-10"},
-        "imagenet100": {"network": "resnetap-10"},
-        "imagenet1k": {"network": "resnet-18"},
+        "imagewoof": {"network": ("resnetap-10",)},
+        "imagenette": {"network": ("resnetap-10",)},
+        "imagenet100": {"network": ("resnetap-10",)},
+        "imagenet1k": {"network": ("resnet-18",)},
     },
     "EncodeConfig": {"digits": {}},
     "TrainConfig": {"digits": {}},
