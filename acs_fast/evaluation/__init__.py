@@ -26,7 +26,7 @@ from acs_fast.evaluation.baselines import (
     choose_coresets,
     sampled_set,
 )
-from acs_fast.evaluation.coverage import prdc
+from acs_fast.evaluation.coverage import expected_coverage, prdc
 from acs_fast.evaluation.features import Features, feature_network
 from acs_fast.evaluation.protocols import PROTOCOL_SIZE, Recipe, deviations, make_recipe
 from acs_fast.evaluation.results import format_results, keep_results, summary
@@ -202,8 +202,12 @@ class Evaluation:
                         )
                     )  # fmt: skip
                 images = training(config.seed).images
-                shares = {**prdc(real, features.of(images), NEIGHBOURS), "images": len(images)}
-                found[name] = {**redundancy.summarised(repeats, ranges), "coverage": shares}
+                expected = expected_coverage(len(real), len(images), NEIGHBOURS)
+                shares = {**prdc(real, features.of(images), NEIGHBOURS), "expected": expected}
+                found[name] = {
+                    **redundancy.summarised(repeats, ranges),
+                    "coverage": {**shares, "images": len(images)},
+                }
         return {
             **self._made_by(network, recipe),
             "epochs": epochs,

@@ -46,7 +46,7 @@ def _by_class(
     chosen = []
     for label in range(len(counts)):
         members = torch.nonzero(labels == label)[:, 0]
-        own = features[members]
+        own = features[members].double()
         chosen.append(members[choose(own - own.mean(dim=0), ipc)])
     return torch.cat(chosen)
 

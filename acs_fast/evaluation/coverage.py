@@ -58,6 +58,15 @@ def prdc(real: Tensor, synthetic: Tensor, k: int = 5) -> dict[str, float]:
     }
 
 
+def expected_coverage(real: int, synthetic: int, k: int) -> float:
+    """The coverage to expect of as many synthetic images of the real ones' very distribution.
+
+    1 - prod_{i=1..k} (N - i) / (N + M - i), N real and M synthetic images: the k nearest neighbours of a real
+    image are not all real.
+    """
+    return 1.0 - math.prod((real - i) / (real + synthetic - i) for i in range(1, k + 1))
+
+
 def _on_a_grid(real: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets moved, scaled by a power of two and rounded to integers, in fp64; comparisons stay.
 
