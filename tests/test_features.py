@@ -37,7 +37,7 @@ def reference(
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "STEPS", 3)
+    monkeypatch.setattr(trained, "STEPS", 3)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_kept_and_used_again(tmp_path: Path, trainings: list[int]) -> None:
     assert trainings == [5] and again.describe == first.describe
     assert [path.name for path in tmp_path.iterdir()] == ["reference-convnet-3.safetensors"]
     assert torch.equal(first.of(make_set().images), again.of(make_set().images))
-    made_by = features.safe_open(tmp_path / "reference-convnet-3.safetensors", framework="pt").metadata()
+    made_by = trained.safe_open(tmp_path / "reference-convnet-3.safetensors", framework="pt").metadata()
     digest = trained.images_digest(make_set())
     assert made_by == {"network": "convnet-3", "seed": "5", "steps": "3", "real_sha256": digest}
     reference(make_set(), tmp_path, "convnet-3")  # the same network by its own name
@@ -175,7 +175,7 @@ def test_another_seed_or_number_of_steps_trains_anew(
     reference(make_set(), tmp_path)
     reference(make_set(), tmp_path, seed=6)
     assert trainings == [5, 6]
-    monkeypatch.setattr(features, "STEPS", 4)
+    monkeypatch.setattr(trained, "STEPS", 4)
     reference(make_set(), tmp_path, seed=6)
     assert trainings == [5, 6, 6]
 

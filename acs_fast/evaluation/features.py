@@ -19,7 +19,6 @@ from acs_fast.evaluation.trained import train_on_real
 from acs_fast.models.classifier import default_network
 
 REFERENCE = "reference"  # the name of the default: the classifier that fits the images' size
-STEPS = 450  # of a classifier that is trained here; the digits: 98 % of test images in 10 s of one core
 BATCH = 64  # images whose features are taken at a time
 MAX_FEATURES = 4096  # wider feature maps are averaged over their pixels
 
@@ -94,8 +93,7 @@ def _classifier(train: ImageSet, device: torch.device, seed: int, folder: Path |
     """What lies before the last layer of a classifier from the folder, or trained now and put there."""
     channels, size = train.images.shape[1], train.images.shape[-1]
     network = default_network(size) if name == REFERENCE else name
-    model = train_on_real(network, train, STEPS, seed, device, folder, REFERENCE)
-    describe = f"{network} trained on {len(train)} real images ({STEPS} steps)"
+    model, describe = train_on_real(network, train, seed, device, folder, REFERENCE)
     return Features(describe, model.get_submodule("features"), channels, (size, size), normalize, device)
 
 

@@ -14,7 +14,6 @@ from acs_fast.evaluation.trained import train_on_real
 from acs_fast.models.classifier import build_classifier
 from acs_fast.models.weights import list_weights
 
-STEPS = 1000  # of a teacher that is trained here
 COUNTER = "num_batches_tracked"  # of BatchNorm: torchvision's oldest files lack it
 
 
@@ -43,22 +42,18 @@ def load_teacher(
     folder: Path | None,
     size: int,
     channels: int = 3,
-    steps: int = STEPS,
 ) -> Teacher:
     """The teacher on `device`: the weights of a file, or else a `network` trained on the real images.
 
     name_or_path: a state dict (.pth, .pt, .safetensors) of `network` with an output for each of `classes`,
     in their order, or torchvision's IMAGENET1K_V1 weights, whose 1000 outputs are narrowed to `classes` if
     all of them are ImageNet's: its probabilities are then renormalised over the set's classes by the softmax.
-    None: trained for `steps` steps on `real()`, images [N, channels, size, size], and kept in `folder`
-    as `teacher-<network>.safetensors` for another call with the same images, network, seed, size and steps.
+    None: trained on `real()`, images [N, channels, size, size], and kept in `folder`: see `trained`.
     Raises InputError for a file that is missing, unreadable or of another network.
     """
     if name_or_path is not None:
         return _from_file(Path(name_or_path), network, classes, size, channels).to(device)
-    images = real()
-    trained = train_on_real(network, images, steps, seed, device, folder, "teacher")
-    return Teacher(trained, f"{network} trained on {len(images)} real images ({steps} steps)")
+    return Teacher(*train_on_real(network, real(), seed, device, folder, "teacher"))
 
 
 def _from_file(path: Path, network: str, classes: Sequence[str], size: int, channels: int) -> Teacher:

@@ -21,18 +21,20 @@ from acs_fast.models.classifier import build_classifier
 from acs_fast.writer import write_atomic
 
 LEARNING_RATE, BATCH_SIZE = 1e-3, 64
+STEPS, EPOCHS = 450, 3  # whichever is more; the digits: 98 % of test images in 10 s of one core
 
 
 def train_on_real(
-    network: str, real: ImageSet, steps: int, seed: int, device: torch.device, folder: Path | None, kind: str
-) -> nn.Module:
-    """A classifier of the real images, frozen, in eval mode, on `device`.
+    network: str, real: ImageSet, seed: int, device: torch.device, folder: Path | None, kind: str
+) -> tuple[nn.Module, str]:
+    """A classifier of the real images, frozen, in eval mode, on `device`, and what results say of it.
 
     Hard labels, crops of half to all of the area, flips where the set may be mirrored, AdamW with a cosine
-    rate from 1e-3, batches of 64; a bar shows it. folder: where it is kept as
+    rate from 1e-3, 450 batches of 64 or three epochs; a bar shows it. folder: where it is kept as
     `<kind>-<network>.safetensors`, and taken from if it was made of the same images, seed and steps.
     InputError for weights that are not finite.
     """
+    steps = max(STEPS, EPOCHS * len(real) // BATCH_SIZE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_classifier(network, real.images.shape[1], len(real.classes), real.images.shape[-1])
@@ -46,7 +48,8 @@ def train_on_real(
         if path is not None:
             state = {name: values.cpu().contiguous() for name, values in model.state_dict().items()}
             write_atomic(path, save(state, made_by))
-    return model.eval().requires_grad_(False)
+    text = f"{network} trained on {len(real)} real images ({steps} steps)"
+    return model.eval().requires_grad_(False), text
 
 
 def images_digest(images: ImageSet) -> str:
