@@ -137,6 +137,34 @@ def test_basic_block_formula(channels, stride, pool):
     torch.testing.assert_close(block(x), (y + shortcut).clamp_min(0), rtol=1e-4, atol=1e-4)
 
 
+SIZES = (32, 64, 128, 224, 256)
+# parameters with 3 channels and 10 classes, and the edge of the last feature map, at each size; None: too small.
+# A ConvNet block has 9 * 128 * 128 + 3 * 128 = 147,840, the first 9 * 3 * 128 + 384 = 3,840, the head
+# 128 * edge^2 * 10 + 10. ResNet-18 has 11,181,642 with the stem of 7x7, 64 * 3 * 40 fewer with that of 3x3.
+# ResNetAP-10: stem 9,536, stages 73,984, 230,144, 919,040 and 3,673,088, head 5,130.
+PUBLISHED = {
+    "convnet-3": [(320_010, 4), (381_450, 8), (627_210, 16), (1_303_050, 28), (1_610_250, 32)],
+    "convnet-4": [(452_490, 2), (467_850, 4), (529_290, 8), (698_250, 14), (775_050, 16)],
+    "convnet-5": [(596_490, 1), (600_330, 2), (615_690, 4), (657_930, 7), (677_130, 8)],
+    "convnet-6": [None, (744_330, 1), (748_170, 2), (754_570, 3), (763_530, 4)],
+    "resnet-18": [(11_173_962, 4), (11_173_962, 8), (11_173_962, 8), (11_181_642, 7), (11_181_642, 8)],
+    "resnetap-10": [None, (4_910_922, 2), (4_910_922, 4), (4_910_922, 7), (4_910_922, 8)],
+}
+CASES = [(name, size, row) for name in PUBLISHED for size, row in zip(SIZES, PUBLISHED[name], strict=True)]
+
+
+@pytest.mark.parametrize(("name", "size", "row"), CASES, ids=[f"{name}-{size}px" for name, size, _ in CASES])
+def test_parameters_and_shapes_are_the_published_ones(name, size, row):
+    if row is None:
+        with pytest.raises(InputError, match=f"{name} needs images of 64 px, these are {size}"):
+            build_classifier(name, 3, 10, size)
+        return
+    count, edge = row
+    network, last = on_meta(name, 3, 10, size)
+    channels = 128 if name.startswith("convnet") else 512
+    assert (parameters(network), last) == (count, (channels, edge, edge))
+
+
 @pytest.mark.parametrize("name", ["convnet-3", "resnet-18", "resnetap-10"])
 def test_every_norm_is_affine_with_one_group_a_channel(name):
     network, _ = on_meta(name, 3, 10, 64)
@@ -184,6 +212,7 @@ def check_pixels(x):
         "convnet-x",
         "convnet-3.0",
         "resnet-50",
+        "resnet34",
         "ResNet-18",
     ],
 )

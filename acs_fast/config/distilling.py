@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from acs_fast.config.fields import (
     attention_option,
     check,
+    check_discriminator,
     compile_option,
+    discriminator_option,
     dtype_option,
     guidance_space_option,
     loader_option,
@@ -84,7 +86,7 @@ class DistillConfig:
     clip_denoised: bool | None = option(
         None, "clamp the predicted x0 to [-1, 1]; default: for pixel models, not for latent ones"
     )
-    discriminator: str = option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
+    discriminator: str = discriminator_option()
     discriminator_init: str = option(
         "scratch", "start each discriminator anew or from the last one", ("scratch", "warm")
     )
@@ -129,6 +131,7 @@ class DistillConfig:
             "batch_size",
         )
         check(self, counts)
+        check_discriminator(self.discriminator)
         low, high = self.guidance_window
         curricula, steps = self.num_curricula, self.num_sampling_steps
         require(

@@ -17,6 +17,7 @@ class Configuration(Protocol):
 
 
 REAL_OBJECTIVES = ("learnability", "density_ratio")  # those that are trained on real images too
+BATCH_NORM_NETWORKS = ("resnet18", "resnet50", "resnet101")
 
 T = TypeVar("T", bound=Configuration)
 
@@ -58,6 +59,20 @@ def guidance_space_option() -> Any:
 def loader_option() -> Any:
     """Which loader decodes real images."""
     return option("auto", "decodes real images; auto: DALI where it is installed", ("auto", "dali", "pil"))
+
+
+def discriminator_option() -> Any:
+    """The network of the discriminators; see `check_discriminator`."""
+    return option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
+
+
+def check_discriminator(name: str) -> None:
+    """Without BatchNorm: a discriminator must not hang on the number of ranks that train it."""
+    require(
+        name not in BATCH_NORM_NETWORKS,
+        f"--discriminator {name} has BatchNorm, whose statistics would hang on how processes share a batch; "
+        "use resnet-18",
+    )
 
 
 def require(holds: bool, message: str) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from acs_fast.config.fields import (
     attention_option,
     check,
+    check_discriminator,
     compile_option,
+    discriminator_option,
     dtype_option,
     guidance_space_option,
     loader_option,
@@ -29,7 +31,9 @@ class EvaluateConfig:
         ("hard-sgd", "hard-adamw"),
     )
     network: str | None = option(
-        None, "convnet-<depth>, resnet-18 or resnetap-10; default: convnet of the size's depth"
+        None,
+        "convnet-<depth>, resnet-18, resnetap-10, or with BatchNorm resnet18, resnet50, resnet101; default: "
+        "convnet of the size's depth",
     )
     ipc: int | None = option(None, "use the first so many images of each class; default all")
     repeats: int = option(3, "classifiers trained, with seeds seed, seed + 1, ...")
@@ -124,7 +128,7 @@ class BenchConfig:
     attention: str = attention_option()
     compile: str = compile_option()
     guidance_space: str = guidance_space_option()
-    discriminator: str = option("convnet-3", "network: convnet-<depth>, resnet-18 or resnetap-10")
+    discriminator: str = discriminator_option()
     num_classes: int = option(
         10, "classes of the batch, which the discriminator tells apart; at most the model's"
     )
@@ -133,4 +137,5 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check(self, ("batch_size", "repeats"))
+        check_discriminator(self.discriminator)
         require(self.num_classes >= 2, f"--num-classes is {self.num_classes}, it must be at least 2")

@@ -1,4 +1,7 @@
-"""The field's ConvNet-D, ResNet-18 and ResNetAP-10 (PROTOCOLS.md section 1), all with GroupNorm(C, C)."""
+"""The field's ConvNet-D, ResNet-18 and ResNetAP-10 (PROTOCOLS.md section 1), all with GroupNorm(C, C).
+
+Those with BatchNorm, which `soft` trains, are in resnet.py; `build_classifier` makes every one.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from torch import Tensor, nn
 
 from acs_fast.config import InputError
 from acs_fast.kernels.structures import Block, Head, Network
+from acs_fast.models.resnet import LAYOUTS, BatchNormResNet
 
 CONVNET_WIDTH = 128
-# below these sizes a GroupNorm(C, C) would see a single pixel and output a constant
-MINIMUM_SIZE = {"resnet-18": 16, "resnetap-10": 64}
+# below these sizes a GroupNorm(C, C) would see a single pixel and output a constant; a BatchNorm sees those of
+# a batch, and 8 px leave one after the three strides
+MINIMUM_SIZE = {"resnet-18": 16, "resnetap-10": 64, **dict.fromkeys(LAYOUTS, 8)}
 
 
 def build_classifier(name: str, in_channels: int, num_classes: int, size: int) -> nn.Module:
     """A classifier of images or latents [B, in_channels, size, size].
 
-    name: `convnet-<depth>`, `resnet-18` or `resnetap-10`.
+    name: `convnet-<depth>`, `resnet-18` or `resnetap-10`; with BatchNorm `resnet18`, `resnet50` or
+    `resnet101`, as torchvision writes them. Each has `features` and `classifier`, its last layer.
     Raises InputError for an unknown name or an image too small for the network.
     """
     kind, _, depth = name.partition("-")
@@ -30,11 +36,14 @@ def build_classifier(name: str, in_channels: int, num_classes: int, size: int) -
             raise InputError(f"{name} needs images of {needed} px, these are {size}; use a smaller depth")
         return ConvNet(in_channels, num_classes, size, int(depth))
     if name not in MINIMUM_SIZE:
-        raise InputError(f"there is no network {name!r}; use convnet-<depth>, resnet-18 or resnetap-10")
+        known = ", ".join(("convnet-<depth>", *MINIMUM_SIZE))
+        raise InputError(f"there is no network {name!r}; use one of {known}")
     if size < MINIMUM_SIZE[name]:
         raise InputError(f"{name} needs images of {MINIMUM_SIZE[name]} px, these are {size}; use a convnet")
     if name == "resnet-18":
         return ResNet(in_channels, num_classes, size)
+    if name in LAYOUTS:
+        return BatchNormResNet(name, in_channels, num_classes, size)
     return ResNetAP(in_channels, num_classes)
 
 
