@@ -92,7 +92,7 @@ def digest(images: ImageSet) -> str:
     """SHA-256 of the pixels, their shape and labels, the classes' names and whether they may be mirrored."""
     found = hashlib.sha256(repr((tuple(images.images.shape), images.classes, images.mirror)).encode())
     for tensor in (images.images, images.labels):
-        found.update(tensor.contiguous().numpy())
+        found.update(tensor.contiguous().numpy().data)
     return found.hexdigest()
 
 
@@ -108,7 +108,7 @@ def _read_cached(path: Path, made_of: Mapping[str, str]) -> dict[str, Tensor] | 
 
 
 def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers of endless batches of BATCH_SIZE: every row once, in random order, before any comes again."""
+    """Row numbers of endless batches of BATCH_SIZE: each once, in random order, before any comes again."""
     rows = torch.empty(0, dtype=torch.long)
     while True:
         while len(rows) < BATCH_SIZE:

@@ -17,8 +17,8 @@ from acs_fast.kernels.structures import Block, Head, Network
 from acs_fast.models.resnet import LAYOUTS, BatchNormResNet
 
 CONVNET_WIDTH = 128
-# below these sizes a GroupNorm(C, C) would see a single pixel and output a constant; a BatchNorm sees those of
-# a batch, and 8 px leave one after the three strides
+# below these sizes a GroupNorm(C, C) would see a single pixel and output a constant; a BatchNorm sees those
+# of a batch, and 8 px leave one after the three strides
 MINIMUM_SIZE = {"resnet-18": 16, "resnetap-10": 64, **dict.fromkeys(LAYOUTS, 8)}
 
 
