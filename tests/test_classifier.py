@@ -138,7 +138,7 @@ def test_basic_block_formula(channels, stride, pool):
 
 
 SIZES = (32, 64, 128, 224, 256)
-# parameters with 3 channels and 10 classes, edge of the last feature map, at each size; None: too small.
+# parameters with 3 channels and 10 classes, and the last feature map's edge, at each size; None: too small.
 # A ConvNet block has 9 * 128 * 128 + 3 * 128 = 147,840, the first 9 * 3 * 128 + 384 = 3,840, the head
 # 128 * edge^2 * 10 + 10. ResNet-18 has 11,181,642 with the stem of 7x7, 64 * 3 * 40 fewer with that of 3x3.
 # ResNetAP-10: stem 9,536, stages 73,984, 230,144, 919,040 and 3,673,088, head 5,130.

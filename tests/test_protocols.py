@@ -282,7 +282,7 @@ def test_the_loss_of_a_batch_equals_that_by_hand() -> None:
         for draws in learner.draws():
             mixed, *rest = by_hand(train, draws, soft)
             expected = loss_by_hand(learner.network, teacher, (mixed.float(), *rest))
-            torch.testing.assert_close(learner.loss(draws), expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(sum(learner.losses(draws)), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_soft_loss_has_temperature_20_and_no_factor() -> None:
@@ -307,9 +307,9 @@ def test_the_teachers_labels_reach_a_student() -> None:
 
 
 def test_deviations_are_named() -> None:
-    assert deviations(make_recipe("hard-sgd", 10, 10), 224, True, "convnet-6") == []
-    assert deviations(make_recipe("soft", 10, 10), 224, True, "resnet18") == []
-    found = deviations(make_recipe("soft", 5, 10, 3), 32, False, "convnet-3")
+    assert deviations(make_recipe("hard-sgd", 10, 10), 224, True, "convnet-6", False) == []
+    assert deviations(make_recipe("soft", 10, 10), 224, True, "resnet18", False) == []
+    found = deviations(make_recipe("soft", 5, 10, 3), 32, False, "convnet-3", True)
     for text in (
         "3 of the protocol's 300 epochs",
         "images of 32 px",

@@ -1,4 +1,4 @@
-"""ResNets with BatchNorm: torchvision's names, shapes, counts; arithmetic against plain functions."""
+"""ResNets with BatchNorm: torchvision's names, shapes and counts; their arithmetic in plain functions."""
 
 from __future__ import annotations
 

@@ -64,6 +64,11 @@ class EvaluateConfig:
     stored_soft_labels: str | None = option(
         None, "for soft: folder that keeps the teacher's labels with their crops, to be used again"
     )
+    dtype: str = option(
+        "auto",
+        "of convolutions and linears; auto: bf16 for images from 64 px on a CPU that multiplies it, else fp32",
+        ("auto", "bf16", "fp32"),
+    )
     seed: int = option(0, "seed of the first repeat")
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"))
 

@@ -17,6 +17,7 @@ from acs_fast.config import PRESETS, DistillConfig, EvaluateConfig, InputError
 from acs_fast.data import DIGITS, ImageSet, load_images, parse_classes, select_classes
 from acs_fast.environment import describe, resolve_device
 from acs_fast.evaluation import redundancy
+from acs_fast.evaluation.arithmetic import resolve_dtype
 from acs_fast.evaluation.baselines import (
     NAMES,
     RANDOM,
@@ -91,6 +92,7 @@ class Evaluation:
         self.real = Real(source, self.distilled.classes, channels, native, size)
         self.distilled = dataclasses.replace(resized(self.distilled, size), mirror=self.real.mirror)
         self.num_classes = len(self.real.classes)
+        self.dtype = resolve_dtype(config.dtype, self.device, size)
         if not self.run and not config.classes:
             self._tell_of_other_classes()
         self.ipc = self._ipc()
@@ -146,7 +148,16 @@ class Evaluation:
                 batches = self._stored(name, train, network, recipe, seed)
                 accuracies.append(
                     train_and_test(
-                        train, test, network, recipe, seed, self.device, progress, self.teacher, batches
+                        train,
+                        test,
+                        network,
+                        recipe,
+                        seed,
+                        self.device,
+                        progress,
+                        self.teacher,
+                        batches,
+                        self.dtype,
                     )
                 )
             found[name] = summary(accuracies)
@@ -168,7 +179,9 @@ class Evaluation:
             "ipc": self.ipc,
             "epochs": recipe.epochs,
             "protocol_epochs": recipe.protocol_epochs,
-            "deviations": deviations(recipe, self.real.size, self.real.mirror, network),
+            "deviations": deviations(
+                recipe, self.real.size, self.real.mirror, network, self.dtype == torch.bfloat16
+            ),
             "repeats": self.config.repeats,
             "seed": self.config.seed,
             "mirror": self.real.mirror,
@@ -198,7 +211,7 @@ class Evaluation:
                     repeats.append(
                         redundancy.measure(
                             training(seed), ranges, self.tests[False], network=network, seed=seed,
-                            protocol=recipe.protocol, epochs=own, device=self.device, progress=progress,
+                            protocol=recipe.protocol, epochs=own, device=self.device, progress=progress, dtype=self.dtype,
                         )
                     )  # fmt: skip
                 images = training(config.seed).images

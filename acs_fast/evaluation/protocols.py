@@ -110,7 +110,7 @@ def protocol_epochs(protocol: str, ipc: int, num_classes: int) -> int:
     return int(2 * epochs / 3) // 100 * 100 if num_classes == 100 else epochs
 
 
-def deviations(recipe: Recipe, image_size: int, mirror: bool, network: str) -> list[str]:
+def deviations(recipe: Recipe, image_size: int, mirror: bool, network: str, bf16: bool) -> list[str]:
     """What is not as the protocol has it, to print beside a result."""
     found = []
     if recipe.epochs != recipe.protocol_epochs:
@@ -119,6 +119,8 @@ def deviations(recipe: Recipe, image_size: int, mirror: bool, network: str) -> l
         found.append(f"images of {image_size} px; the protocol resizes to {PROTOCOL_SIZE}")
     if not mirror:
         found.append("no image is mirrored")
+    if bf16:
+        found.append("convolutions in bf16; the published code has fp32")
     if recipe.soft and recipe.ipc not in (10, 50):
         found.append(f"batches of {recipe.batch_size}; the protocol states those of ipc 10 and 50 alone")
     if recipe.soft and network not in SOFT_NETWORKS:

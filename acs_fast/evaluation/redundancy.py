@@ -39,6 +39,7 @@ def measure(
     seed: int,
     device: torch.device,
     progress: tqdm[Any],
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[list[float]], list[Accuracy]]:
     """One repeat: the matrix of accuracies across increments, and the accuracy after curricula 1..i.
 
@@ -54,7 +55,7 @@ def measure(
 
     def train(part: ImageSet, ipc: int, tested: bool) -> tuple[Learner, Accuracy]:
         recipe = make_recipe(protocol, ipc, classes, epochs)
-        learner, best, last = Learner(part, network, recipe, seed, device), 0.0, 0.0
+        learner, best, last = Learner(part, network, recipe, seed, device, dtype=dtype), 0.0, 0.0
         for epoch in range(recipe.epochs):
             learner.epoch()
             progress.update()

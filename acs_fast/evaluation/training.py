@@ -15,6 +15,7 @@ from tqdm import tqdm
 from acs_fast import graph
 from acs_fast.augment import cutmix, normalize, to_device
 from acs_fast.data import ImageSet
+from acs_fast.evaluation.arithmetic import prepare
 from acs_fast.evaluation.protocols import TEMPERATURE, Recipe
 from acs_fast.evaluation.transforms import Draws, draw, transformed
 from acs_fast.models.classifier import build_classifier
@@ -60,18 +61,19 @@ class Learner:
         device: torch.device,
         teacher: nn.Module | None = None,
         batches: Callable[[int], Iterator[Draws]] | None = None,
+        dtype: torch.dtype = torch.float32,
         capture: bool | None = None,
     ):
         """teacher: gives the labels of a soft recipe, but for `batches`: the draws of an epoch with their
-        `logits`. capture: default on a GPU."""
-        self.batches = batches
+        `logits`. dtype: of `arithmetic`. capture: default on a GPU."""
+        self.batches, self.dtype = batches, dtype
         self.recipe, self.device, self.teacher, self.mirror = recipe, device, teacher, train.mirror
         self.images, self.labels = train.images.to(device), train.labels.to(device)
         channels, self.size = train.images.shape[1], train.images.shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build_classifier(network, channels, len(train.classes), self.size)
-        self.network = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network, self.part = prepare(model, device, self.size)
         self.capture = device.type == "cuda" if capture is None else capture
         self.optimizer = recipe.optimizer(self.network, self.capture)
         self.generator = torch.Generator().manual_seed(seed)
@@ -104,23 +106,36 @@ class Learner:
     def _train(self, draws: Draws) -> None:
         """One training step of draws on the device, for which nothing waits."""
         self.optimizer.zero_grad()  # to None: a captured backward pass makes them in the graph's memory
-        self.loss(draws).backward()
+        for loss in self.losses(draws):
+            loss.backward()
         self.optimizer.step()
 
-    def loss(self, draws: Draws) -> Tensor:
-        """The loss of a batch, 0-d.
+    def losses(self, draws: Draws) -> Iterator[Tensor]:
+        """The loss of a batch, 0-d, in parts that add up to it.
 
         Hard: (1 - a) CE(logits, y) + a CE(logits, y'), a the pasted area, y' its labels. Soft: KL(batchmean)
         of the student's against the teacher's probabilities of the mixed batch, both at temperature 20.
         """
         mixed, kept = cutmix(transformed(self.images, draws), draws["box"], draws["order"])
-        logits = self.network(mixed)
+        total, size = len(mixed), self.part or len(mixed)
         if self.recipe.soft:
-            return soft_loss(logits, draws["logits"] if "logits" in draws else self.teach(mixed))
+            taught = draws["logits"] if "logits" in draws else self.teach(mixed)
+            for images, aim in zip(mixed.split(size), taught.split(size), strict=True):
+                yield soft_loss(self.classify(images), aim) * (len(images) / total)
+            return
         labels = self.labels[draws["rows"]]
-        return kept * F.cross_entropy(logits, labels) + (1.0 - kept) * F.cross_entropy(
-            logits, labels[draws["order"]]
-        )
+        pasted = labels[draws["order"]]
+        for images, own, other in zip(*(t.split(size) for t in (mixed, labels, pasted)), strict=True):
+            logits, share = self.classify(images), len(images) / total
+            loss = kept * F.cross_entropy(logits, own) + (1.0 - kept) * F.cross_entropy(logits, other)
+            yield loss * share
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The logits of normalised images, in fp32 or wider."""
+        low = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
+            logits: Tensor = self.network(images)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def teach(self, mixed: Tensor) -> Tensor:
@@ -131,7 +146,8 @@ class Learner:
 
     def top1(self, test: TestSet) -> float:
         """Top-1 accuracy in percent."""
-        return top1(self.network.eval(), test)
+        self.network.eval()
+        return top1(self.classify, test, self.part or 128)
 
     def _capture(self) -> None:
         """A graph of the step for each length of a batch; the warm-up trains on zeros and is undone."""
@@ -162,11 +178,11 @@ class Learner:
 
 
 @torch.no_grad()
-def top1(network: nn.Module, test: TestSet, batch_size: int = 128) -> float:
-    """Top-1 accuracy in percent of a network in eval mode, on the device of the test set."""
+def top1(classify: Callable[[Tensor], Tensor], test: TestSet, batch_size: int = 128) -> float:
+    """Top-1 accuracy in percent of what gives logits of normalised images on the test set's device."""
     right = torch.zeros((), dtype=torch.long, device=test.labels.device)
     for x, y in zip(test.images.split(batch_size), test.labels.split(batch_size), strict=True):
-        right += (network(normalize(x.float() / 255.0)).argmax(dim=1) == y).sum()
+        right += (classify(normalize(x.float() / 255.0)).argmax(dim=1) == y).sum()
     return 100.0 * right.item() / len(test.labels)
 
 
@@ -194,9 +210,10 @@ def train_and_test(
     progress: tqdm[Any] | None = None,
     teacher: nn.Module | None = None,
     batches: Callable[[int], Iterator[Draws]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Accuracy:
     """Train one fresh classifier on `train` by the recipe, testing it as the protocol says."""
-    learner = Learner(train, network, recipe, seed, device, teacher, batches)
+    learner = Learner(train, network, recipe, seed, device, teacher, batches, dtype)
     best = last = 0.0
     for epoch in range(recipe.epochs):
         learner.epoch()
