@@ -252,7 +252,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     with patient_lock(path):
         write_json(path / "results.json", results)
         try:
-            write_report(path, results)
+            write_report(path)
         except (OSError, ValueError, LookupError, TypeError) as error:
             print(f"warning: no report.html could be drawn ({error})", file=sys.stderr)
             with contextlib.suppress(OSError):
