@@ -25,6 +25,8 @@ from acs_fast.config import (
 )
 from acs_fast.stopping import RankLost, Stopped, Stopping
 
+COMPARISON = "runs/comparison.html"  # where `report` compares several runs
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command: 0 on success, 1 where `bench` finds wrong results or `status` a run that is not whole.
@@ -94,6 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--verify", action="store_true", help="read every image and compare its SHA-256")
     command.add_argument("--json", action="store_true", help="print it as JSON")
     command.set_defaults(call=run_status)
+
+    command = commands.add_parser("report", help="the page of a run, or one page that compares several")
+    command.add_argument("paths", nargs="+", metavar="RUN", help="run folders")
+    command.add_argument(
+        "--out", metavar="FILE", help=f"the page (default RUN/report.html; of several runs {COMPARISON})"
+    )
+    command.set_defaults(call=run_report)
 
     command = commands.add_parser("encode", help="encode real images once, for objectives that need them")
     add_fields(command, EncodeConfig)
@@ -214,6 +223,16 @@ def run_status(args: argparse.Namespace) -> int:
     found = status(args.path, args.verify)
     print(as_json(found) if args.json else as_text(found))
     return 0 if found.whole else 1
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """`acs-fast report`."""
+    from acs_fast.report import compare, write_report  # deferred: see run_distill
+
+    runs, out = [Path(path) for path in args.paths], args.out and Path(args.out)
+    if out and out.is_dir():
+        raise InputError(f"--out {out} is a folder; name the page's file")
+    print(f"  {compare(runs, out or Path(COMPARISON)) if len(runs) > 1 else write_report(runs[0], out)}")
 
 
 def run_encode(args: argparse.Namespace) -> None:

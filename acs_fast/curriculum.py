@@ -19,7 +19,7 @@ from acs_fast.augment import to_device
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.data import DIGITS, select_classes
 from acs_fast.environment import describe, resolve_device
-from acs_fast.estimate import make_plan
+from acs_fast.estimate import Plan, make_plan
 from acs_fast.generator import ImageGenerator, is_out_of_memory, out_of_memory
 from acs_fast.guidance import Guidance
 from acs_fast.images import Images
@@ -145,7 +145,9 @@ class Run:
                 warn_of_other_code(stored, self._record)
                 print(*filter(None, [measured]), end="\n" if measured else "", flush=True)
             self.steering.prepare()
-        self._print_plan()
+        seconds = self._print_plan().seconds
+        parts = {"sampling": seconds.sampling, "discriminators": seconds.training, "total": seconds.total}
+        self.session.event("plan", images=left, **parts)
 
     def show_plan(self) -> None:
         """Print the plan of what is left, and write nothing."""
@@ -154,7 +156,7 @@ class Run:
         self.left = self.ranks.lead(lambda: self._find_left(mend=False))
         self._print_plan()
 
-    def _print_plan(self) -> None:
+    def _print_plan(self) -> Plan:
         """The plan, from a few steps timed on every rank at once, as the run will be."""
         if self.left.images:
             self.generator.prepare(self.bucket, self.class_labels)
@@ -173,6 +175,7 @@ class Run:
             print(plan.text(), flush=True)
             for warning in plan.warnings():
                 print(f"warning: {warning}", file=sys.stderr)
+        return plan
 
     def _check_same(self) -> None:
         if not self.overwrite and (self.out / RUN_CONFIG).is_file():

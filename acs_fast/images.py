@@ -76,6 +76,14 @@ class Images:
         """Whether the image lies there; it is not read."""
         return self.path(key).is_file() or (self._index is not None and self._index.find(key) is not None)
 
+    def size(self, key: Key) -> int | None:
+        """The bytes of the encoded image; None where it is missing."""
+        try:
+            return self.path(key).stat().st_size
+        except FileNotFoundError:
+            place = self._index and self._index.find(key)
+        return place[2] if place else None
+
     def path(self, key: Key) -> Path:
         """The image's own file; one in a shard has it no more."""
         return self.folder / key[0] / f"{key[1]}{self.suffix}"

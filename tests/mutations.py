@@ -24,10 +24,11 @@ from tests.edits_engine import ENGINE
 from tests.edits_kernels import KERNELS
 from tests.edits_ranks import RANKS
 from tests.edits_real import REAL
+from tests.edits_report import REPORT
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("acs_fast", "kernels", "tests", "pyproject.toml", "CMakeLists.txt")
-MUTATIONS = KERNELS + ENGINE + REAL + RANKS
+MUTATIONS = KERNELS + ENGINE + REAL + RANKS + REPORT
 WORKERS = 2
 
 

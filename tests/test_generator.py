@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acs_fast import compiled, generator, networks, ops, report
+from acs_fast import compiled, generator, networks, ops
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.curriculum import distill
 from acs_fast.engine import StepEngine
@@ -266,6 +266,6 @@ def test_the_sheet_of_many_images_is_small(tmp_path: Path, monkeypatch) -> None:
     for index in range(3):
         images.write(("a", index), images.encode(torch.zeros(64, 64, 3, dtype=torch.uint8)))
     whole = Image.open(io.BytesIO(contact_sheet(images, ("a",), [range(3)])))
-    monkeypatch.setattr(report, "MAX_PIXELS", 3 * 20 * 20)
+    monkeypatch.setattr("acs_fast.report.sheet.MAX_PIXELS", 3 * 20 * 20)
     small = Image.open(io.BytesIO(contact_sheet(images, ("a",), [range(3)])))
     assert whole.height - small.height == 64 - 20

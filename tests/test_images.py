@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from acs_fast import report
 from acs_fast.config import InputError
 from acs_fast.data import load_images
 from acs_fast.images import Images
-from acs_fast.report import MAX_CELLS, choose_cells, contact_sheet
+from acs_fast.report.sheet import MAX_CELLS, choose_cells, contact_sheet
 from tests.image_runs import decoded, fill, keys_of, packed, picture
 
 SIZES = [(8, 8, 1), (5, 7, 1), (1, 1, 3), (9, 4, 3), (16, 16, 3)]
@@ -137,7 +136,7 @@ def test_a_sheet_in_part_says_so_and_reads_no_more(tmp_path: Path, monkeypatch) 
     names = tuple(f"n{number:03d}" for number in range(60))
     sheets = {}
     for cells in (60 * 4, 60 * 4 - 1):
-        monkeypatch.setattr(report, "MAX_CELLS", cells)
+        monkeypatch.setattr("acs_fast.report.sheet.MAX_CELLS", cells)
         read.clear()
         sheets[cells] = decoded(contact_sheet(images, names, [range(2), range(2, 4)])), set(read)
     (whole, all_keys), (part, some) = sheets.values()

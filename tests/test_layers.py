@@ -35,7 +35,7 @@ ORDER = [
     ["loader"],
     ["listing"],
     ["distributed"],
-    ["config", "log", "stopping", "heartbeat"],
+    ["config", "log", "stopping", "heartbeat", "units"],
     ["kernels"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -22,6 +22,7 @@ from acs_fast.estimate.needs import (
 from acs_fast.estimate.timing import Seconds, measure
 from acs_fast.generator import ImageGenerator
 from acs_fast.plan import Layout
+from acs_fast.units import duration, scaled, size
 
 __all__ = ["Disk", "Memory", "Plan", "Seconds", "Work", "make_plan"]
 
@@ -205,7 +206,7 @@ def _flop(work: Work) -> str:
         "discriminators": work.training_flop,
     }
     listed = ", ".join(f"{name} {100 * flop / work.flop:.3g} %" for name, flop in parts.items() if flop)
-    return f"{_scaled(work.flop, 'FLOP')}: {listed}" if work.flop else "nothing is left to compute"
+    return f"{scaled(work.flop, 'FLOP')}: {listed}" if work.flop else "nothing is left to compute"
 
 
 def _memory_parts(memory: Memory) -> dict[str, int]:
@@ -236,26 +237,3 @@ def _parts(parts: dict[str, int]) -> str:
     return ", ".join(
         f"{name} {size(value)}" for name, value in listed if value >= 0.01 * sum(parts.values()) > 0
     )
-
-
-def size(value: float) -> str:
-    """Bytes in the unit that fits."""
-    return _scaled(value, "B")
-
-
-def _scaled(value: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if value < 999.5 or prefix == "E":
-            return f"{value:.3g} {prefix}{unit}"
-        value /= 1000
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that fits."""
-    if 0 < seconds < 1:
-        return f"{1e3 * seconds:.3g} ms"
-    for unit, length in (("s", 120.0), ("min", 120.0 * 60), ("h", 48.0 * 3600)):
-        if seconds < length:
-            return f"{seconds / {'s': 1, 'min': 60, 'h': 3600}[unit]:.3g} {unit}"
-    return f"{seconds / 86400:.3g} days"
