@@ -1,4 +1,4 @@
-"""Fast training on a CPU changes no value: the norm's backward pass, parts of a batch, memory formats; bf16."""
+"""Fast training on a CPU changes no value: the norm's backward pass, parts of a batch, formats; bf16."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_their_rate_falls_at_the_milestones(folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("wrong", [None, "lr", "weight_decay", "loss"])
 def test_both_make_the_same_step(folder: Path, wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = training(folder)
-    ours = Ours(load_images(str(folder), None), "convnet-1")
+    ours = Ours(load_images(str(folder), None), "convnet-1", torch.float32)
     if wrong == "loss":
         learn = theirs.learn
         monkeypatch.setattr(theirs, "learn", lambda x, other, kept, y: learn(x, other, 0.9 * kept, y))
@@ -177,7 +177,7 @@ def test_a_row_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     args = argparse.Namespace(real=None, network="convnet-1", size=16, ipc=2, rounds=1)
     row = compare(args, tmp_path)
     assert (row["protocol"], row["network"], row["size"], row["ipc"]) == ("hard-sgd", "convnet-1", 16, 2)
-    assert row["ours"] == "fp32, channels_last, eager" and {"device", "threads", "commit"} <= row.keys()
+    assert row["ours"] == "fp32, contiguous, eager" and {"device", "threads", "commit"} <= row.keys()
     times = row["seconds_of_rounds"]
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys(row["seconds_per_epoch"], 1)
     for name, ratio in row["speedup"].items():

@@ -286,7 +286,7 @@ def test_results_outlive_a_report_that_cannot_be_drawn(tiny, untrained, capsys, 
     def fail(path: Path) -> None:
         raise ValueError("no ink")
 
-    monkeypatch.setattr(evaluation, "write_report", fail)
+    monkeypatch.setattr(results_file, "write_report", fail)
     results = evaluate(EvaluateConfig(path=str(out), repeats=1))
     assert json.loads((out / "results.json").read_text())["evaluations"] == results["evaluations"]
     assert "no report.html could be drawn" in capsys.readouterr().err

@@ -17,7 +17,7 @@ ORDER = [
     ["evaluation"],
     ["curriculum", "bench", "encoding", "status"],
     ["steering", "estimate"],
-    ["generator", "training", "report", "protocol", "output", "resume"],
+    ["generator", "training", "report", "output", "resume"],
     ["engine"],
     ["sampler", "denoiser"],
     ["judge", "real", "samples"],

@@ -376,7 +376,12 @@ def test_the_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
     for command in commands:
         make_parser().parse_args(shlex.split(command)[1:])
     args = make_parser().parse_args(shlex.split(commands[1])[1:])
-    assert (args.path, args.protocol, args.network, args.ipc) == (str(run), "hard-adamw", "convnet-3", 4)
+    assert (args.path, args.protocol, args.network, args.ipc) == (
+        str(run),
+        ("hard-adamw",),
+        ("convnet-3",),
+        4,
+    )
     assert (args.epochs, args.repeats, args.seed, args.real) == (400, 3, 0, "digits")
     assert args.baselines == ("random", "plain") and "--epochs" not in commands[2]
     again = make_parser().parse_args(shlex.split(commands[0])[1:])

@@ -1,22 +1,19 @@
-"""The teacher of `soft`: read from a file or trained on real images, kept, narrowed, refused, described."""
+"""The teacher of `soft`: read from a file, narrowed, refused, or trained on real images."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from acs_fast.evaluation_parts import teacher as teachers
-from acs_fast.evaluation_parts.teacher import Teacher, describe, load_teacher
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from acs_fast import InputError
-from acs_fast.augment import normalize, random_resized_crop
 from acs_fast.data import LISTS, ImageSet, imagenet_classes
+from acs_fast.evaluation import trained
+from acs_fast.evaluation.teacher import Teacher, load_teacher
 from acs_fast.models.classifier import build_classifier
 
 CPU = torch.device("cpu")
@@ -29,15 +26,6 @@ def some_images(count: int = 6, channels: int = 3, size: int = 8, seed: int = 0)
     shape = (count, channels, size, size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
-
-
-def trained(real: ImageSet, **settings: Any) -> Teacher:
-    """A tiny teacher: two steps of a ConvNet unless told otherwise."""
-    defaults: dict[str, Any] = {
-        "network": "convnet-1", "classes": real.classes, "device": CPU, "seed": 0, "folder": None,
-        "size": real.images.shape[-1], "channels": real.images.shape[1], "steps": 2,
-    }  # fmt: skip
-    return load_teacher(None, real_train=lambda: real, **{**defaults, **settings})
 
 
 def never() -> ImageSet:
@@ -59,106 +47,20 @@ def weights(num_classes: int, size: int = 8, channels: int = 3, name: str = "res
     return state
 
 
-def test_training_is_the_recipe_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "BATCH_SIZE", 4)
-    real, steps = some_images(6), 3
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-    w = [p.detach().clone().requires_grad_() for p in model.parameters()]
-    teachers.train(model, real, seed=5, steps=steps)
-    generator, moving, order = torch.Generator().manual_seed(5), [torch.zeros_like(p) for p in w], []
-    for step in range(steps):
-        while len(order) < 4:
-            order += torch.randperm(6, generator=generator).tolist()
-        rows, order = order[:4], order[4:]
-        x = normalize(random_resized_crop(real.images[rows] / 255.0, True, generator))
-        logits = x.reshape(4, -1) @ w[0].T + w[1]
-        gradients = torch.autograd.grad(F.cross_entropy(logits, real.labels[rows]), w)
-        rate = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for p, m, g in zip(w, moving, gradients, strict=True):
-            g = g + 1e-4 * p.detach()
-            m.mul_(0.9).add_(g)
-            p.data -= rate * (g + 0.9 * m)
-    for p, expected in zip(model.parameters(), w, strict=True):
-        torch.testing.assert_close(p.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_the_stated_recipe() -> None:
-    stated = (teachers.STEPS, teachers.BATCH_SIZE, teachers.LR, teachers.MOMENTUM, teachers.WEIGHT_DECAY)
-    assert stated == (1000, 128, 0.1, 0.9, 1e-4)
-
-
-@pytest.mark.parametrize("count", [5, 128, 300])
-def test_every_image_comes_once_before_any_comes_again(count: int) -> None:
-    batches = teachers._batches(count, torch.Generator().manual_seed(0))
-    rows = torch.cat([next(batches) for _ in range(7)])
-    assert len(rows) == 7 * 128
-    for epoch in rows[: len(rows) // count * count].split(count):
-        assert sorted(epoch.tolist()) == list(range(count))
-
-
-def test_a_trained_teacher_is_a_resnet_that_is_frozen_and_judges() -> None:
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
+def test_without_a_file_it_is_trained_on_the_real_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "STEPS", 1)
     real = some_images(channels=1)
-    teacher = trained(real, network="resnet18", steps=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert teacher.origin == "resnet18 trained on 6 real images"
-    assert not any(m.training for m in teacher.modules())
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert teacher(torch.zeros(3, 1, 8, 8)).shape == (3, 2)
-    assert int(teacher.network.bn1.num_batches_tracked) == 1
-
-
-def test_a_teacher_learns_its_images() -> None:
-    real = some_images(6)
-    real.images[real.labels == 0] //= 4  # dark
-    assert describe(trained(real, steps=30), real).endswith("100.0 % on the test images")
-
-
-def test_the_kept_teacher_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = some_images()
-    first = trained(real, folder=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["teacher-convnet-1.safetensors"]
-    monkeypatch.setattr(teachers, "train", lambda *args: pytest.fail("it was trained again"))
-    second = trained(real, folder=tmp_path)
-    assert second.origin == first.origin
-    for one, two in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, two) and not two.requires_grad
-
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "seed": {"seed": 1},
-    "steps": {"steps": 3},
-    "pixels": {"real": some_images(seed=1)},
-    "fewer": {"real": some_images(4)},
-    "labels": {"real": ImageSet(some_images().images, torch.tensor([1, 0] * 3), ("a", "b"))},
-    "classes": {"real": ImageSet(some_images().images, some_images().labels, ("b", "a"))},
-    "mirror": {"real": ImageSet(some_images().images, some_images().labels, ("a", "b"), mirror=False)},
-    "damaged": {},
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_a_teacher_of_something_else_is_trained_anew(tmp_path: Path, other: str) -> None:
-    trained(some_images(), folder=tmp_path)
-    path = tmp_path / "teacher-convnet-1.safetensors"
-    if other == "damaged":
-        path.write_bytes(path.read_bytes()[:-1])
-    old = path.read_bytes()
-    settings = {"real": some_images(), **OTHERS[other]}
-    teacher = trained(folder=tmp_path, **settings)
-    fresh = trained(**settings)
-    assert path.read_bytes() != old
-    for name, value in load_file(path).items():
-        assert torch.equal(value, teacher.network.state_dict()[name])
-        assert torch.equal(value, fresh.network.state_dict()[name])
-
-
-def test_a_training_that_does_not_stay_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "LR", 1e30)
-    with pytest.raises(InputError, match=r"training on 6 real images did not stay finite; give --teacher"):
-        trained(some_images(), steps=4)
+    for _ in range(2):  # trained, then taken from the folder
+        teacher = load_teacher(None, "resnet18", real.classes, lambda: real, CPU, 0, tmp_path, 8, 1)
+        assert teacher.origin == "resnet18 trained on 6 real images (1 steps)"
+        assert not any(m.training for m in teacher.modules())
+        assert not any(p.requires_grad for p in teacher.parameters())
+        assert teacher(torch.zeros(3, 1, 8, 8)).shape == (3, 2)
+        assert int(teacher.network.bn1.num_batches_tracked) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["teacher-resnet18.safetensors"]
+        monkeypatch.setattr(trained, "_train", lambda *args: pytest.fail("it was trained again"))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
@@ -258,25 +160,3 @@ def test_unusable_files_are_refused_in_a_sentence(tmp_path: Path, case: str) -> 
     with pytest.raises(InputError, match=message) as caught:
         read(make(tmp_path), classes)
     assert "\n" not in str(caught.value)
-
-
-class Reads(nn.Module):
-    """Answers the first pixel's level, of white images 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        white = (x[:, 0, 0, 0] > normalize(torch.full((1, 3, 1, 1), 0.5))[0, 0, 0, 0]).float()
-        return torch.stack((1 - white, white), dim=1) + self.bias
-
-
-def test_the_description_states_origin_and_accuracy() -> None:
-    images = torch.zeros(300, 3, 8, 8, dtype=torch.uint8)
-    images[::2] = 255
-    labels = torch.zeros(300, dtype=torch.long)
-    labels[::2] = 1
-    labels[-4:] = 1  # two of them black
-    text = describe(Teacher(Reads(), "a judge"), ImageSet(images, labels, ("a", "b")))
-    assert text == "a judge, 99.3 % on the test images"

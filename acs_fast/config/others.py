@@ -66,7 +66,7 @@ class EvaluateConfig:
     )
     dtype: str = option(
         "auto",
-        "of convolutions and linears; auto: bf16 for images from 64 px on a CPU that multiplies it, else fp32",
+        "of convolutions and linears; auto: bf16 from 64 px on, on a CPU that multiplies it, else fp32",
         ("auto", "bf16", "fp32"),
     )
     seed: int = option(0, "seed of the first repeat")

@@ -211,7 +211,8 @@ class Evaluation:
                     repeats.append(
                         redundancy.measure(
                             training(seed), ranges, self.tests[False], network=network, seed=seed,
-                            protocol=recipe.protocol, epochs=own, device=self.device, progress=progress, dtype=self.dtype,
+                            protocol=recipe.protocol, epochs=own, device=self.device, progress=progress,
+                            dtype=self.dtype,
                         )
                     )  # fmt: skip
                 images = training(config.seed).images

@@ -68,13 +68,13 @@ class _InstanceNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """dx = w r (g - mean(g) - xhat mean(g xhat)), written as a g + k x + d with numbers of the channel."""
+        """dx = w r (g - mean(g) - xhat mean(g xhat)), as a g + k x + d with numbers of the channel."""
         x, mean, rstd, weight = ctx.saved_tensors
         b, c, h, w = x.shape
         exact = torch.promote_types(x.dtype, torch.float32)
         mean, rstd = mean.view(b, c).to(exact), rstd.view(b, c).to(exact)
         grad, pixels = (t.permute(0, 2, 3, 1).reshape(b, h, w, c) for t in (g, x))
-        db = grad.sum(2).to(exact).sum(1)  # [B, C]; a sum in two steps needs no wider copy of the maps
+        db = grad.sum(2).to(exact).sum(1)  # [B, C]; in two steps: no wider copy of the maps
         dw = ((grad * pixels).sum(2).to(exact).sum(1) - mean * db) * rstd
         a = rstd * weight.to(exact)
         k = -a * rstd * dw / (h * w)

@@ -70,9 +70,10 @@ class Learner:
         self.recipe, self.device, self.teacher, self.mirror = recipe, device, teacher, train.mirror
         self.images, self.labels = train.images.to(device), train.labels.to(device)
         channels, self.size = train.images.shape[1], train.images.shape[-1]
+        self.num_classes = len(train.classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = build_classifier(network, channels, len(train.classes), self.size)
+            model = build_classifier(network, channels, self.num_classes, self.size)
         self.network, self.part = prepare(model, device, self.size)
         self.capture = device.type == "cuda" if capture is None else capture
         self.optimizer = recipe.optimizer(self.network, self.capture)
@@ -159,9 +160,8 @@ class Learner:
         examples = {len(draws["rows"]): draws for draws in self.draws()}
         self.generator.set_state(state)
         if self.batches is not None:
-            classes = self.network.classifier.out_features
             for length, draws in examples.items():
-                draws["logits"] = torch.zeros(length, classes, dtype=torch.float16)
+                draws["logits"] = torch.zeros(length, self.num_classes, dtype=torch.float16)
         assert set(examples) == {min(n, size)} | ({n % size} - {0})
         for length, draws in examples.items():
             static = {name: values.to(self.device) for name, values in draws.items()}
