@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 CLASSES, EPOCHS = 10, 2000  # EPOCHS: of the protocol at ipc 10, which sets the milestones
 # relative; of fp32 sums in another order, where much of a gradient cancels before a norm, and of bf16
 TOLERANCES = {
-    torch.float32: {"loss": 1e-5, "weights": 1e-3},
+    torch.float32: {"loss": 1e-5, "weights": 5e-3},
     torch.bfloat16: {"loss": 2e-2, "weights": 0.3},
 }
 SETTLE = 1.0  # seconds: workers that read ahead end what they do before another method is timed
