@@ -2,11 +2,11 @@
 
 python -m benchmarks.evaluation_table digits --work FOLDER
 python -m benchmarks.evaluation_table cifar10 --real FOLDER --model DIT --work FOLDER
-python -m benchmarks.evaluation_table table                    the rows' means as Markdown, with their intervals
+python -m benchmarks.evaluation_table table                    the rows' means and intervals as Markdown
 
-A seed distils its set, and samples the plain one from the same noise, in FOLDER (kept: a stopped benchmark goes
-on); then every part of PARTS is one call of `evaluate` with that seed and one repeat, on one thread. Intervals
-are Student's, 95 %, over the seeds; differences are paired by seed.
+A seed distils its set, and samples the plain one from the same noise, in FOLDER (kept: a stopped benchmark
+goes on); then every part of PARTS is one call of `evaluate` with that seed and one repeat, on one thread.
+Intervals are Student's, 95 %, over the seeds; differences are paired by seed.
 """
 
 from __future__ import annotations
