@@ -59,7 +59,7 @@ EVALUATION = [
     Mutation(
         "stored labels of another teacher are used",
         f"{ROOM}/soft.py",
-        '"teacher_sha256": taught.hexdigest(),',
+        '"teacher_sha256": network_digest(teacher),',
         '"teacher_sha256": "",',
         "others_are_refused",
         SOFT,

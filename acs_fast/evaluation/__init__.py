@@ -29,13 +29,15 @@ from acs_fast.evaluation.baselines import (
 )
 from acs_fast.evaluation.coverage import expected_coverage, prdc
 from acs_fast.evaluation.features import Features, feature_network
+from acs_fast.evaluation.kept import Kept
 from acs_fast.evaluation.protocols import PROTOCOL_SIZE, Recipe, deviations, make_recipe
 from acs_fast.evaluation.results import format_results, keep_results, summary
 from acs_fast.evaluation.runs import Run, read_run
 from acs_fast.evaluation.sets import Real, Training, fewest, resized
-from acs_fast.evaluation.soft import SoftLabels, identity
+from acs_fast.evaluation.soft import SoftLabels, identity, network_digest
 from acs_fast.evaluation.teacher import load_teacher
-from acs_fast.evaluation.training import Learner, TestSet, top1, train_and_test
+from acs_fast.evaluation.trained import images_digest
+from acs_fast.evaluation.training import Accuracy, Learner, TestSet, top1, train_and_test
 from acs_fast.listing import class_folders
 from acs_fast.models.checkpoint import read_config
 from acs_fast.models.classifier import build_classifier, default_network
@@ -112,7 +114,11 @@ class Evaluation:
     def prepare(self) -> None:
         """Read the test images, choose the coresets, sample what is to be sampled."""
         soft = {recipe.soft for _, recipe in self.plans} | ({False} if self.config.redundancy else set())
-        self.tests = {kind: TestSet.of(self.real.test(kind), self.device) for kind in soft}
+        tests = {kind: self.real.test(kind) for kind in soft}
+        self.tests = {kind: TestSet.of(images, self.device) for kind, images in tests.items()}
+        self.tested = {kind: images_digest(images) for kind, images in tests.items()}
+        file = self.run.path / "baselines" / "trainings.jsonl" if self.run else None
+        self.kept = Kept(file, {**describe(self.device), "dtype": str(self.dtype)})
         self.teacher: nn.Module | None = None
         taught = ""
         if True in soft:
@@ -144,22 +150,7 @@ class Evaluation:
             accuracies = []
             for seed in range(config.seed, config.seed + config.repeats):
                 progress.set_postfix_str(f"{recipe.protocol} {network}, {name}, seed {seed}", refresh=False)
-                train = training(seed)
-                batches = self._stored(name, train, network, recipe, seed)
-                accuracies.append(
-                    train_and_test(
-                        train,
-                        test,
-                        network,
-                        recipe,
-                        seed,
-                        self.device,
-                        progress,
-                        self.teacher,
-                        batches,
-                        self.dtype,
-                    )
-                )
+                accuracies.append(self._trained(name, training(seed), network, recipe, seed, progress))
             found[name] = summary(accuracies)
         return {
             **self._made_by(network, recipe),
@@ -168,6 +159,35 @@ class Evaluation:
             "seconds": round(time.perf_counter() - started, 1),
             "sets": found,
             **describe(self.device),
+        }
+
+    def _trained(
+        self, name: str, train: ImageSet, network: str, recipe: Recipe, seed: int, progress: tqdm[Any]
+    ) -> Accuracy:
+        """One training of a set, or what an earlier call has kept of it."""
+        before = progress.n
+
+        def make() -> list[float]:
+            batches = self._stored(name, train, network, recipe, seed)
+            found = train_and_test(
+                train, self.tests[recipe.soft], network, recipe, seed, self.device, progress, self.teacher,
+                batches, self.dtype,
+            )  # fmt: skip
+            return [found.best, found.last]
+
+        values = self.kept.get(self._key(train, network, recipe, seed), make)
+        progress.update(before + recipe.epochs - progress.n)
+        return Accuracy(*values)
+
+    def _key(self, train: ImageSet, network: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """What the outcome of a training is a function of, but for what all of this call have in common."""
+        return {
+            **dataclasses.asdict(recipe),
+            "network": network,
+            "seed": seed,
+            "trained": images_digest(train),
+            "tested": self.tested[recipe.soft],
+            "teacher": network_digest(self.teacher) if recipe.soft and self.teacher else None,
         }
 
     def _made_by(self, network: str, recipe: Recipe) -> dict[str, Any]:
@@ -208,13 +228,15 @@ class Evaluation:
                 repeats = []
                 for seed in seeds:
                     progress.set_postfix_str(f"{name}, seed {seed}", refresh=False)
-                    repeats.append(
-                        redundancy.measure(
-                            training(seed), ranges, self.tests[False], network=network, seed=seed,
-                            protocol=recipe.protocol, epochs=own, device=self.device, progress=progress,
-                            dtype=self.dtype,
-                        )
+                    train, before = training(seed), progress.n
+                    make = functools.partial(
+                        redundancy.measure, train, ranges, self.tests[False], network=network, seed=seed,
+                        protocol=recipe.protocol, epochs=own, device=self.device, progress=progress,
+                        dtype=self.dtype,
                     )  # fmt: skip
+                    key = {"ranges": [[r.start, r.stop] for r in ranges], "epochs_of_each": epochs}
+                    repeats.append(self.kept.get({**self._key(train, network, recipe, seed), **key}, make))
+                    progress.update(before + sum(epochs) - progress.n)
                 images = training(config.seed).images
                 expected = expected_coverage(len(real), len(images), NEIGHBOURS)
                 shares = {**prdc(real, features.of(images), NEIGHBOURS), "expected": expected}

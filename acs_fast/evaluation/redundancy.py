@@ -40,7 +40,7 @@ def measure(
     device: torch.device,
     progress: tqdm[Any],
     dtype: torch.dtype = torch.float32,
-) -> tuple[list[list[float]], list[Accuracy]]:
+) -> tuple[list[list[float]], list[tuple[float, float]]]:
     """One repeat: the matrix of accuracies across increments, and the accuracy after curricula 1..i.
 
     The matrix has a row for the classifier trained on increment i alone and a column for the images of
@@ -53,7 +53,7 @@ def measure(
     on_device = [TestSet.of(part, device) for part in parts]
     matrix, curve = [], []
 
-    def train(part: ImageSet, ipc: int, tested: bool) -> tuple[Learner, Accuracy]:
+    def train(part: ImageSet, ipc: int, tested: bool) -> tuple[Learner, tuple[float, float]]:
         recipe = make_recipe(protocol, ipc, classes, epochs)
         learner, best, last = Learner(part, network, recipe, seed, device, dtype=dtype), 0.0, 0.0
         for epoch in range(recipe.epochs):
@@ -62,7 +62,7 @@ def measure(
             if tested and recipe.validates(epoch):
                 last = learner.top1(test)
                 best = max(best, last)
-        return learner, Accuracy(best, last)
+        return learner, (best, last)
 
     for number, (part, r) in enumerate(zip(parts, ranges, strict=True)):
         learner, accuracy = train(part, len(r), number == 0)
@@ -80,7 +80,7 @@ def off_diagonal(matrix: list[list[float]]) -> float:
 
 
 def summarised(
-    repeats: Sequence[tuple[list[list[float]], list[Accuracy]]], ranges: Sequence[range]
+    repeats: Sequence[tuple[list[list[float]], list[tuple[float, float]]]], ranges: Sequence[range]
 ) -> dict[str, Any]:
     """`cross_increment` and `incremental` of a set's repeats, for results.json."""
     matrices = torch.tensor([matrix for matrix, _ in repeats], dtype=torch.float64)
@@ -93,7 +93,7 @@ def summarised(
             "std": statistics.pstdev(values),
         },
         "incremental": [
-            {"curriculum": i + 1, "ipc": r.stop, **summary([curve[i] for _, curve in repeats])}
+            {"curriculum": i + 1, "ipc": r.stop, **summary([Accuracy(*curve[i]) for _, curve in repeats])}
             for i, r in enumerate(ranges)
         ],
     }

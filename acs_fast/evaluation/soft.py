@@ -14,6 +14,7 @@ from tqdm import tqdm
 from acs_fast.augment import cutmix, to_device
 from acs_fast.config import InputError
 from acs_fast.data import ImageSet
+from acs_fast.evaluation.trained import images_digest
 from acs_fast.evaluation.training import Learner
 from acs_fast.evaluation.transforms import Draws, transformed
 from acs_fast.writer import read_json, read_tensors, write_json, write_tensors
@@ -88,20 +89,22 @@ class SoftLabels:
 
 def identity(train: ImageSet, teacher: nn.Module, learner: Learner, seed: int) -> dict[str, Any]:
     """What the labels are a function of, for `labels.json`."""
-    digest = hashlib.sha256(train.images.numpy().tobytes())
-    digest.update(train.labels.numpy().tobytes())
-    taught = hashlib.sha256()
-    for name, values in sorted(teacher.state_dict().items()):
-        taught.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
     return {
-        "images_sha256": digest.hexdigest(),
-        "teacher_sha256": taught.hexdigest(),
+        "images_sha256": images_digest(train),
+        "teacher_sha256": network_digest(teacher),
         "seed": seed,
         "epochs": learner.recipe.epochs,
         "batch_size": learner.recipe.batch_size,
         "image_size": learner.size,
-        "mirror": train.mirror,
     }
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 of all weights and statistics, with their names."""
+    digest = hashlib.sha256()
+    for name, values in sorted(network.state_dict().items()):
+        digest.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""What an evaluation keeps: a stopped one goes on with the trainings that it lacks, and nothing stale is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from acs_fast import EvaluateConfig, distill, evaluate, evaluation
+from acs_fast.evaluation.kept import Kept
+from acs_fast.evaluation.training import Accuracy
+
+
+def test_values_are_kept_by_what_they_hang_on(tmp_path: Path) -> None:
+    path, calls = tmp_path / "deep" / "kept.jsonl", []
+
+    def make() -> tuple[int, int]:
+        calls.append(1)
+        return len(calls), 7
+
+    for _ in range(2):
+        kept = Kept(path, {"device": "cpu"})
+        assert kept.get({"seed": 1}, make) == [1, 7]
+        assert kept.get({"seed": 2}, make) == [2, 7]
+    assert Kept(path, {"device": "cuda"}).get({"seed": 1}, make) == [3, 7]
+    assert Kept(None, {"device": "cpu"}).get({"seed": 1}, make) == [4, 7]
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:-9], lambda b: b + b'{"ke', lambda b: b + b"[]\n7\n"]
+)
+def test_a_line_that_a_kill_cut_is_made_again(tmp_path: Path, damage) -> None:
+    path = tmp_path / "kept.jsonl"
+    for seed in range(3):
+        Kept(path, {}).get({"seed": seed}, lambda seed=seed: seed)
+    path.write_bytes(damage(path.read_bytes()))
+    for _ in range(2):
+        assert [Kept(path, {}).get({"seed": seed}, lambda seed=seed: seed) for seed in range(4)] == [
+            0,
+            1,
+            2,
+            3,
+        ]
+    values = {
+        json.loads(line)["value"]
+        for line in path.read_text().splitlines()
+        if line.startswith('{"key') and line.endswith("}")
+    }
+    assert values == {0, 1, 2, 3}
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What is trained: nothing but a number; the third raises."""
+    done: list[tuple] = []
+
+    def train(train, test, network, recipe, seed, *rest):
+        if len(done) == 2 and not stopped:
+            stopped.append(1)
+            raise KeyboardInterrupt
+        done.append((network, recipe.epochs, seed))
+        return Accuracy(50.0 + len(done), 40.0 + len(done))
+
+    stopped: list[int] = []
+    monkeypatch.setattr(evaluation, "train_and_test", train)
+    return done
+
+
+def test_a_stopped_evaluation_goes_on(tiny, trainings) -> None:
+    out = str(distill(tiny()))
+    config = EvaluateConfig(path=out, epochs=3, repeats=4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    (row,) = evaluate(config)["evaluations"]
+    assert [seed for _, _, seed in trainings] == [0, 1, 2, 3]
+    assert row["sets"]["distilled"]["best"]["values"] == [51, 52, 53, 54]
+    evaluate(config)
+    assert len(trainings) == 4
+    evaluate(EvaluateConfig(path=out, epochs=3, repeats=5))
+    assert len(trainings) == 5
+    for other in ({"epochs": 4}, {"network": ("convnet-1",)}, {"ipc": 2}, {"protocol": ("hard-sgd",)}):
+        before = len(trainings)
+        evaluate(EvaluateConfig(**{"path": out, "epochs": 3, "repeats": 1, **other}))
+        assert len(trainings) == before + 1, other
