@@ -202,7 +202,7 @@ def load_images(
     or a folder of shards; within a class in the field's lexicographic order (0, 1, 10, 2). WebP knows no
     grey: a set of it that shows none but grey is one. classes: label order, default the sorted folder names,
     or what the shards say.
-    size: shorter side resized to it and the centre cropped, default the size of the first image. channels:
+    size: shorter side resized to it and the centre cropped; default: as they are, of one size. channels:
     1 or 3, default those of the first image. loader: `auto`, `dali` or `pil`; a distilled set is always read
     by Pillow, as it lies.
 
@@ -227,7 +227,12 @@ def load_images(
     for name, _, file in files:
         where = io.BytesIO(read_bytes(file)) if isinstance(file, Entry) else file
         images.append(_pixels(where, name, size, channels))
-        channels, size = channels or images[0].shape[0], size or min(images[0].shape[1:])
+        channels = channels or images[0].shape[0]
+        if size is None and images[-1].shape != images[0].shape:
+            raise InputError(
+                f"image {name} is {images[-1].shape[-1]} px and the first one {images[0].shape[-1]}; resize "
+                "them alike, for an evaluation by --image-size"
+            )
     if webp and all(torch.equal(pixels, pixels[:1].expand_as(pixels)) for pixels in images):
         images = [pixels[:1] for pixels in images]
     return ImageSet(torch.stack(images), torch.tensor([label for _, label, _ in files]), names)

@@ -59,8 +59,8 @@ EVALUATION = [
     Mutation(
         "stored labels of another teacher are used",
         f"{ROOM}/soft.py",
-        '"teacher_sha256": network_digest(teacher),',
-        '"teacher_sha256": "",',
+        '"teacher": network_digest(teacher)[:12],',
+        '"teacher": "",',
         "others_are_refused",
         SOFT,
     ),

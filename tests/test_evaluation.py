@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from acs_fast import EvaluateConfig, InputError, distill, evaluate, evaluation
+from acs_fast import EvaluateConfig, InputError, distill, evaluate
 from acs_fast.cli import main
 from acs_fast.data import load_images
-from acs_fast.evaluation import choose_recipes
+from acs_fast.evaluation import judging
 from acs_fast.evaluation import results as results_file
+from acs_fast.evaluation.judging import choose_recipes
 from acs_fast.evaluation.protocols import make_recipe
 from acs_fast.evaluation.runs import read_run
 from acs_fast.evaluation.training import Accuracy, TestSet, train_and_test
@@ -76,13 +77,13 @@ def test_run_folder_with_baselines(tiny, capsys, tmp_path: Path) -> None:
 def test_image_folder_and_first_ipc_images(tiny, tmp_path: Path, monkeypatch) -> None:
     out = distill(tiny())
     seen = []
-    real = evaluation.train_and_test
+    real = judging.train_and_test
 
     def spy(train, *args):
         seen.append(train)
         return real(train, *args)
 
-    monkeypatch.setattr(evaluation, "train_and_test", spy)
+    monkeypatch.setattr(judging, "train_and_test", spy)
     settings = {"real": "digits", "epochs": 1, "repeats": 1, "ipc": 3}
     evaluate(EvaluateConfig(path=str(out / "images"), **settings))
     assert len(seen[0]) == 6 and seen[0].classes == ("3", "8") and not seen[0].mirror
@@ -116,7 +117,7 @@ def untrained(monkeypatch) -> list[tuple[str, int]]:
         calls.append((recipe.protocol, recipe.epochs))
         return Accuracy(50.0, 40.0)
 
-    monkeypatch.setattr(evaluation, "train_and_test", train_nothing)
+    monkeypatch.setattr(judging, "train_and_test", train_nothing)
     return calls
 
 
@@ -158,7 +159,7 @@ def test_the_command_names_a_protocol_and_gets_its_epochs(tiny, untrained, capsy
 
 
 def test_other_sets_have_hard_sgd() -> None:
-    assert choose_recipes(EvaluateConfig(), None, "", 10, 10) == [make_recipe("hard-sgd", 10, 10)]
+    assert choose_recipes(EvaluateConfig(), None, "", 10, 10) == ([make_recipe("hard-sgd", 10, 10)], None)
 
 
 def test_results_say_how_they_were_made(tiny, untrained) -> None:
@@ -207,7 +208,7 @@ def test_what_can_be_refused_is_refused_before_any_work(tiny, untrained, monkeyp
     settings, damage, message = REFUSED[kind]
     out = distill(tiny())
     damage(out)
-    monkeypatch.setattr(evaluation, "sampled_set", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(judging, "sampled_set", lambda *args: pytest.fail("sampled"))
     with pytest.raises(InputError, match=message):
         evaluate(EvaluateConfig(path=str(out), baselines=("plain",), **settings))
     assert not untrained
@@ -239,8 +240,11 @@ def test_plain_is_sampled_for_classes_that_are_named_on_the_command_line(tiny, u
 
 def test_a_run_on_other_images_than_the_digits_is_judged_by_the_fields_protocol(tiny) -> None:
     run = read_run(distill(tiny()))
-    assert choose_recipes(EvaluateConfig(), run, "digits", 4, 2) == [make_recipe("hard-adamw", 4, 2, 400)]
-    assert choose_recipes(EvaluateConfig(), run, "elsewhere", 4, 2) == [make_recipe("hard-sgd", 4, 2)]
+    assert choose_recipes(EvaluateConfig(), run, "digits", 4, 2) == (
+        [make_recipe("hard-adamw", 4, 2, 400)],
+        400,
+    )
+    assert choose_recipes(EvaluateConfig(), run, "elsewhere", 4, 2) == ([make_recipe("hard-sgd", 4, 2)], None)
 
 
 def test_a_flat_real_folder_is_no_source_of_random_images(tiny, untrained, tmp_path: Path) -> None:
@@ -316,7 +320,7 @@ def test_results_are_written_with_the_run_locked(tiny, untrained, monkeypatch) -
 
     waited: list[float] = []
     real, started = results_file.write_json, time.monotonic()
-    monkeypatch.setattr(evaluation, "train_and_test", train_while_another_takes_the_lock)
+    monkeypatch.setattr(judging, "train_and_test", train_while_another_takes_the_lock)
     monkeypatch.setattr(results_file, "write_json", write_while_no_other_can)
     evaluate(EvaluateConfig(path=str(out), repeats=1))
     assert waited[0] > 0.3 and (out / "results.json").exists()
@@ -329,3 +333,26 @@ def test_the_report_shows_curves_of_a_guided_run_only(tiny, untrained, scale, sh
     page = (out / "report.html").read_text()
     assert ("discriminator loss by curriculum" in page) == shown
     assert page.count("data:image/png;base64,") == 1 and "400 of the protocol" in page
+
+
+def test_what_is_finished_is_kept_when_the_rest_is_interrupted(tiny, monkeypatch) -> None:
+    out = distill(tiny())
+
+    def train(train, test, network, *rest):
+        if network == "convnet-2":
+            raise KeyboardInterrupt
+        return Accuracy(50.0, 40.0)
+
+    monkeypatch.setattr(judging, "train_and_test", train)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(EvaluateConfig(path=str(out), repeats=1, network=("convnet-1", "convnet-2")))
+    (row,) = json.loads((out / "results.json").read_text())["evaluations"]
+    assert row["network"] == "convnet-1"
+
+
+def test_a_teacher_is_not_trained_on_the_test_images(tiny, untrained, tmp_path: Path) -> None:
+    out = distill(tiny())
+    settings = {"real": str(real_folder(out, tmp_path / "flat")), "protocol": ("soft",), "repeats": 1}
+    with pytest.raises(InputError, match="has no train/ and val/"):
+        evaluate(EvaluateConfig(path=str(out), **settings))
+    assert not untrained

@@ -11,7 +11,7 @@ import torch
 
 from acs_fast import DistillConfig, EvaluateConfig, InputError, distill, evaluate
 from acs_fast.data import load_images
-from acs_fast.evaluation import Evaluation
+from acs_fast.evaluation.judging import Evaluation
 from acs_fast.evaluation.runs import read_run
 from acs_fast.images import Images
 from acs_fast.manifest import read_rows

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from acs_fast import EvaluateConfig, distill, evaluate, evaluation
+from acs_fast import EvaluateConfig, distill, evaluate
+from acs_fast.evaluation import judging
 from acs_fast.evaluation.kept import Kept
 from acs_fast.evaluation.training import Accuracy
 
@@ -62,7 +63,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         return Accuracy(50.0 + len(done), 40.0 + len(done))
 
     stopped: list[int] = []
-    monkeypatch.setattr(evaluation, "train_and_test", train)
+    monkeypatch.setattr(judging, "train_and_test", train)
     return done
 
 

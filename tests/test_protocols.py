@@ -5,7 +5,6 @@ The numbers are those of the relatives' published code, written out once more.
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -14,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acs_fast.data import ImageSet
-from acs_fast.evaluation import training
-from acs_fast.evaluation.protocols import Recipe, deviations, make_recipe, protocol_epochs
+from acs_fast.evaluation.protocols import deviations, make_recipe, protocol_epochs
 from acs_fast.evaluation.training import Learner, TestSet, soft_loss, train_and_test
 
 CPU = torch.device("cpu")
@@ -308,74 +306,24 @@ def test_the_teachers_labels_reach_a_student() -> None:
     assert accuracy.last > 95
 
 
+AS_PUBLISHED = {
+    "size": 224, "channels": 3, "mirror": True, "bf16": False, "repeats": 3, "teacher": None
+}  # fmt: skip
+
+
 def test_deviations_are_named() -> None:
-    assert deviations(make_recipe("hard-sgd", 10, 10), 224, True, "convnet-6", False) == []
-    assert deviations(make_recipe("soft", 10, 10), 224, True, "resnet18", False) == []
-    found = deviations(make_recipe("soft", 5, 10, 3), 32, False, "convnet-3", True)
+    assert deviations(make_recipe("hard-sgd", 10, 10), "convnet-6", **AS_PUBLISHED) == []
+    assert deviations(make_recipe("soft", 10, 10), "resnet50", **AS_PUBLISHED) == []
+    assert deviations(make_recipe("hard-adamw", 10, 10), "resnet-18", **{**AS_PUBLISHED, "repeats": 5}) == []
+    other = {"size": 32, "channels": 1, "mirror": False, "bf16": True, "repeats": 2, "teacher": "mine, 50 %"}
+    found = deviations(make_recipe("soft", 5, 10, 3), "convnet-3", **other)
     for text in (
-        "3 of the protocol's 300 epochs",
-        "images of 32 px",
-        "mirrored",
-        "ipc 10 and 50",
-        "resnet18",
-    ):
+        "3 of the protocol's 300 epochs", "2 repeats; the protocol has 3", "images of 32 px", "mirrored",
+        "grey", "bf16", "teacher: mine, 50 %", "ipc 10 and 50", "resnet18",
+    ):  # fmt: skip
         assert any(text in part for part in found), text
-
-
-def trained(capture: bool, device: torch.device, soft: bool) -> Learner:
-    train = examples(70, 3, 16)
-    recipe = make_recipe("soft" if soft else "hard-sgd", 10, 3, 4)
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).eval().to(device) if soft else None
-    learner = Learner(train, "convnet-2", recipe, 3, device, teacher, capture=capture)
-    for _ in range(4):
-        learner.epoch()
-    return learner
-
-
-def assert_same(one: Learner, two: Learner) -> None:
-    initial = Learner(examples(70, 3, 16), "convnet-2", one.recipe, 3, CPU).network.state_dict()
-    for name, values in one.network.state_dict().items():
-        if name not in ("features.0.bias", "features.4.bias"):
-            moved = (values.cpu() - initial[name]).norm()
-            assert (two.network.state_dict()[name] - values).norm().cpu() < 0.05 * moved, name
-
-
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_what_is_captured_is_the_step(monkeypatch: pytest.MonkeyPatch, soft: bool) -> None:
-    """The whole path of a GPU but the graph itself, which here runs its step again when it is replayed."""
-    captured: list[int] = []
-
-    class Replayed:
-        def __init__(self, call, warm_up, pool):
-            warm_up(), call()
-            captured.append(1)
-            self.replay = call
-
-    monkeypatch.setattr(training.graph, "capture", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    real = Recipe.optimizer
-    monkeypatch.setattr(Recipe, "optimizer", lambda self, network, _: uncaptured(real(self, network)))
-    torch.manual_seed(0)
-    replayed = trained(True, CPU, soft)
-    assert len(captured) == 2  # of whole batches and of the last
-    torch.manual_seed(0)
-    assert_same(trained(False, CPU, soft), replayed)
-
-
-def uncaptured(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The rate as a tensor, as a graph reads it."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"])
-    return optimizer
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_the_captured_step_trains_as_the_eager_one(soft: bool) -> None:
-    cuda = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(0)
-    eager = trained(False, cuda, soft)
-    torch.manual_seed(0)
-    assert_same(eager, trained(True, cuda, soft))
+    assert "resnet18; the protocol has convnet-6, resnetap-10, resnet-18" in deviations(
+        make_recipe("hard-sgd", 10, 10), "resnet18", **AS_PUBLISHED
+    )
+    (batches,) = deviations(make_recipe("soft", 10, 200), "resnet18", **AS_PUBLISHED)
+    assert "doubles them for 100 or 1000 classes" in batches

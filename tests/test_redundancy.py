@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from acs_fast import EvaluateConfig, InputError, distill, evaluate
 from acs_fast.cli import main
-from acs_fast.data import ImageSet, load_images
-from acs_fast.evaluation import redundancy
+from acs_fast.data import ImageSet, load_images, read_image
+from acs_fast.evaluation import judging, redundancy
 from acs_fast.evaluation.redundancy import epochs_of, increments, measure, off_diagonal, summarised
-from acs_fast.evaluation.training import TestSet
+from acs_fast.evaluation.training import Accuracy, TestSet
 
 CPU = torch.device("cpu")
 RANGES = [range(0, 2), range(2, 3), range(3, 6)]
@@ -133,3 +133,19 @@ def test_what_has_no_increments_is_refused(tiny, settings, message) -> None:
         evaluate(EvaluateConfig(path=str(out), redundancy=True, ipc=evaluated))
     with pytest.raises(InputError, match="compares curricula"):
         evaluate(EvaluateConfig(path=str(out / "images"), real="digits", redundancy=True))
+
+
+def test_increments_of_a_run_are_its_curricula_beyond_ten_images(tiny, monkeypatch) -> None:
+    out = distill(tiny(ipc=12, num_curricula=3))
+    seen = []
+
+    def record(images, ranges, *rest, **options):
+        seen.append([part.images for part in increments(images, ranges)])
+        return [[50.0] * 3] * 3, [(1.0, 1.0)] * 3
+
+    monkeypatch.setattr(redundancy, "measure", record)
+    monkeypatch.setattr(judging, "train_and_test", lambda *rest: Accuracy(1.0, 1.0))
+    evaluate(EvaluateConfig(path=str(out), redundancy=True, repeats=1, features="convnet-1"))
+    for number, part in enumerate(seen[0]):
+        files = [out / "images" / y / f"{i}.png" for y in "38" for i in range(4 * number, 4 * number + 4)]
+        assert torch.equal(part, torch.stack([read_image(file, None, 1) for file in files]))

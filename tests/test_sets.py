@@ -14,8 +14,10 @@ from PIL import Image
 from acs_fast import EvaluateConfig, InputError, distill, evaluate
 from acs_fast.cli import main
 from acs_fast.data import load_images
-from acs_fast.evaluation import Evaluation, baselines
+from acs_fast.evaluation import baselines
 from acs_fast.evaluation.coresets import herding
+from acs_fast.evaluation.judging import Evaluation
+from acs_fast.evaluation.refusals import check_source
 from acs_fast.evaluation.runs import read_run
 from acs_fast.evaluation.sets import Real, resized
 
@@ -192,9 +194,5 @@ def test_repulsion_is_sampled_without_the_discriminators_say(tiny) -> None:
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
     assert not torch.equal(read[1], read[2]) and not torch.equal(read[0], read[2])
     with pytest.raises(InputError, match="no earlier samples to repel"):
-        baselines.check_baselines(
-            ("repulsion",),
-            read_run(distill(tiny(num_curricula=1, out=str(out.parent / "one")))),
-            "",
-            "digits",
-        )
+        one = read_run(distill(tiny(num_curricula=1, out=str(out.parent / "one"))))
+        check_source(EvaluateConfig(baselines=("repulsion",)), one, "digits")

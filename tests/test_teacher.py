@@ -33,7 +33,7 @@ def never() -> ImageSet:
 
 
 def read(path: Path, classes: tuple[str, ...], size: int = 8, channels: int = 3) -> Teacher:
-    return load_teacher(str(path), "resnet18", classes, never, CPU, 0, None, size, channels)
+    return load_teacher(str(path), classes, never, CPU, None, size, channels)
 
 
 def weights(num_classes: int, size: int = 8, channels: int = 3, name: str = "resnet18") -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_without_a_file_it_is_trained_on_the_real_images(
     monkeypatch.setattr(trained, "STEPS", 1)
     real = some_images(channels=1)
     for _ in range(2):  # trained, then taken from the folder
-        teacher = load_teacher(None, "resnet18", real.classes, lambda: real, CPU, 0, tmp_path, 8, 1)
+        teacher = load_teacher(None, real.classes, lambda: real, CPU, tmp_path, 8, 1)
         assert teacher.origin == "resnet18 trained on 6 real images (1 steps)"
         assert not any(m.training for m in teacher.modules())
         assert not any(p.requires_grad for p in teacher.parameters())

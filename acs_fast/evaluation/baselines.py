@@ -8,15 +8,12 @@ from pathlib import Path
 
 import torch
 
-from acs_fast.config import InputError
 from acs_fast.curriculum import distill
-from acs_fast.data import ImageSet, has_splits, load_images, parse_classes
+from acs_fast.data import ImageSet, load_images
 from acs_fast.evaluation.coresets import herding, k_centre
 from acs_fast.evaluation.features import Features
 from acs_fast.evaluation.runs import Run, read_record
 from acs_fast.evaluation.sets import Real, resized
-from acs_fast.models.checkpoint import digest
-from acs_fast.networks import checkpoint_path
 from acs_fast.writer import RUN_CONFIG
 
 # --baselines -> the set's name in the results
@@ -31,50 +28,6 @@ NAMES = {
 REAL, CORESETS, SAMPLED = (RANDOM, HERDING, K_CENTRE), (HERDING, K_CENTRE), (PLAIN, REPULSION)
 ALONE = 1e6  # weight of a repulsion beside which the discriminator's gradient, of order 1, is nothing
 CHUNK = 512  # real images read at a time for their features
-
-
-def check_baselines(names: tuple[str, ...], run: Run | None, path: str, source: str) -> None:
-    """InputError for real images that are not named and for a baseline that cannot be had honestly."""
-    if not source:
-        raise InputError(
-            f"{path} is not a run folder, so name the real images: --real FOLDER or --real digits"
-        )
-    for name in names:
-        if name in REAL and not has_splits(source):
-            raise InputError(
-                f"--baselines {name}: {source} has no train/ and val/, so the classifiers would be tested on "
-                f"the images they are trained on; split it or leave {name} out"
-            )
-        if name in SAMPLED:
-            _check_sampled(name, run, path)
-
-
-def _check_sampled(name: str, run: Run | None, path: str) -> None:
-    """InputError where the run's model or classes are not those that it was sampled with."""
-    if run is None:
-        raise InputError(
-            f"{path} is not a run folder, so --baselines {name} cannot be sampled; give the run's"
-        )
-    if name == REPULSION and run.config.num_curricula == 1:
-        raise InputError(
-            f"--baselines {name}: a run of one curriculum has no earlier samples to repel; leave {name} out"
-        )
-    try:
-        same = digest(checkpoint_path(run.config.model)) == run.model_sha256
-    except InputError:
-        same = False
-    if not same:
-        raise InputError(
-            f"--baselines {name}: {run.config.model} is not the model of the run any more; put it back or "
-            f"leave {name} out"
-        )
-    listed = run.classes if run.config.classes is None else parse_classes(run.config.classes)
-    named = zip(listed, run.classes, map(str, run.class_labels), strict=False)
-    if len(listed) != len(run.classes) or any(text not in names for text, *names in named):
-        raise InputError(
-            f"--baselines {name}: {run.config.classes} lists other classes than the run has; "
-            f"put it back or leave {name} out"
-        )
 
 
 def sample_baseline(name: str, run: Run, device: torch.device) -> Path:

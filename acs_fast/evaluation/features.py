@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from acs_fast.augment import normalize
 from acs_fast.config import InputError
 from acs_fast.data import ImageSet
 from acs_fast.evaluation.trained import train_on_real
-from acs_fast.models.classifier import default_network
+from acs_fast.models.classifier import build_classifier, default_network
 
 REFERENCE = "reference"  # the name of the default: the classifier that fits the images' size
 BATCH = 64  # images whose features are taken at a time
@@ -31,7 +31,7 @@ class Features:
     """
 
     describe: str
-    network: nn.Module
+    network: Callable[[Tensor], Tensor]
     channels: int
     size: tuple[int, int]
     normalize: Callable[[Tensor], Tensor]
@@ -75,15 +75,27 @@ def feature_network(
     pretrained weights. Raises InputError for a name that is none of these, a classifier too large for the
     images, a package that is not installed, a model that it lacks or whose weights cannot be had.
     """
-    kind, colon, model = name.partition(":")
-    if colon and kind in PRETRAINED:
+    kind, _, model = name.partition(":")
+    if kind in PRETRAINED:
         return PRETRAINED[kind](name, model, device)
-    if colon:
+    images = real()
+    check_feature_network(name, images.images.shape[1], len(images.classes), images.images.shape[-1])
+    return _classifier(images, device, seed, folder, name)
+
+
+def check_feature_network(name: str, channels: int, num_classes: int, size: int) -> None:
+    """InputError for a name that `feature_network` could not serve for such images, as far as can be seen."""
+    kind, colon, _ = name.partition(":")
+    if kind in PRETRAINED and colon:
+        _package(kind, name)
+        return
+    if colon or name in PRETRAINED:
         raise InputError(
             f"there is no feature network {name!r}; use {REFERENCE}, a network of ours, timm:<model> or "
             "torchvision:<model>"
         )
-    return _classifier(real(), device, seed, folder, name)
+    with torch.device("meta"):
+        build_classifier(default_network(size) if name == REFERENCE else name, channels, num_classes, size)
 
 
 # ---- our classifiers, trained on the real images
@@ -94,7 +106,8 @@ def _classifier(train: ImageSet, device: torch.device, seed: int, folder: Path |
     channels, size = train.images.shape[1], train.images.shape[-1]
     network = default_network(size) if name == REFERENCE else name
     model, describe = train_on_real(network, train, seed, device, folder, REFERENCE)
-    return Features(describe, model.get_submodule("features"), channels, (size, size), normalize, device)
+    features = cast("Callable[[Tensor], Tensor]", model.features)
+    return Features(describe, features, channels, (size, size), normalize, device)
 
 
 # ---- pretrained models of other packages

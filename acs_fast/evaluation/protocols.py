@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from acs_fast.models.classifier import default_network
+
 PROTOCOL_SIZE = 224  # px that the published protocols crop to; the setting --image-size says another
 SOFT_RESIZE = 256 / 224  # the soft protocol's test images: shorter side to 256, centre cropped to 224
 SOFT_EPOCHS = 300
 TEMPERATURE = 20.0  # of the soft protocol; its loss has no factor T^2
 SOFT_NETWORKS = ("resnet18", "resnet50", "resnet101")
+REPEATS = {"hard-sgd": 3, "hard-adamw": 5, "soft": 3}  # trainings behind a published mean
 VALIDATIONS = 100  # of a hard protocol
 
 
@@ -91,9 +94,11 @@ class Recipe:
             for parameter in network.parameters():
                 split[parameter.dim() > 1].append(parameter)
             parameters = [{"params": split[True]}, {"params": split[False], "weight_decay": 0.0}]
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             parameters, betas=(0.9, 0.999), weight_decay=0.01, capturable=captured, **options
         )
+        optimizer._warned_capturable_if_run_uncaptured = True  # by the warm-up before the capture
+        return optimizer
 
 
 def make_recipe(protocol: str, ipc: int, num_classes: int, epochs: int | None = None) -> Recipe:
@@ -110,19 +115,38 @@ def protocol_epochs(protocol: str, ipc: int, num_classes: int) -> int:
     return int(2 * epochs / 3) // 100 * 100 if num_classes == 100 else epochs
 
 
-def deviations(recipe: Recipe, image_size: int, mirror: bool, network: str, bf16: bool) -> list[str]:
+def deviations(
+    recipe: Recipe,
+    network: str,
+    *,
+    size: int,
+    channels: int,
+    mirror: bool,
+    bf16: bool,
+    repeats: int,
+    teacher: str | None,
+) -> list[str]:
     """What is not as the protocol has it, to print beside a result."""
     found = []
     if recipe.epochs != recipe.protocol_epochs:
         found.append(f"{recipe.epochs} of the protocol's {recipe.protocol_epochs} epochs")
-    if image_size != PROTOCOL_SIZE:
-        found.append(f"images of {image_size} px; the protocol resizes to {PROTOCOL_SIZE}")
+    if repeats != REPEATS[recipe.protocol]:
+        found.append(f"{repeats} repeats; the protocol has {REPEATS[recipe.protocol]}")
+    if size != PROTOCOL_SIZE:
+        found.append(f"images of {size} px; the protocol resizes to {PROTOCOL_SIZE}")
     if not mirror:
         found.append("no image is mirrored")
+    if channels != 3:
+        found.append("grey images: no colour jitter, no lighting, (x - 0.5) / 0.5 for ImageNet's statistics")
     if bf16:
         found.append("convolutions in bf16; the published code has fp32")
+    own = SOFT_NETWORKS if recipe.soft else (default_network(size), "resnetap-10", "resnet-18")
+    if network not in own:
+        found.append(f"{network}; the protocol has {', '.join(own)}")
+    if teacher is not None:
+        found.append(f"teacher: {teacher}; the protocol's is torchvision's resnet18 of ImageNet-1K")
     if recipe.soft and recipe.ipc not in (10, 50):
         found.append(f"batches of {recipe.batch_size}; the protocol states those of ipc 10 and 50 alone")
-    if recipe.soft and network not in SOFT_NETWORKS:
-        found.append(f"{network}; the protocol has {', '.join(SOFT_NETWORKS)}")
+    elif recipe.soft and recipe.num_classes > 100 and recipe.num_classes != 1000:
+        found.append(f"batches of {recipe.batch_size}; the protocol doubles them for 100 or 1000 classes")
     return found

@@ -21,6 +21,13 @@ def increments(images: ImageSet, ranges: Sequence[range]) -> list[ImageSet]:
     return [images.take(torch.cat([members[r.start : r.stop] for members in of_class])) for r in ranges]
 
 
+def by_index(images: ImageSet, ipc: int) -> ImageSet:
+    """A run's images of a class by their indices, as curricula are cut; they are read by name (0, 1, 10)."""
+    read = torch.tensor(sorted(range(ipc), key=lambda index: f"{index}."))  # the index at each place
+    rows = [torch.nonzero(images.labels == y)[:, 0][read.argsort()] for y in range(len(images.classes))]
+    return images.take(torch.cat(rows))
+
+
 def epochs_of(protocol: str, ranges: Sequence[range], num_classes: int, epochs: int | None) -> list[int]:
     """The epochs of the classifiers of `measure`, in the order in which they are trained."""
     single = [len(r) for r in ranges]
@@ -67,6 +74,7 @@ def measure(
     for number, (part, r) in enumerate(zip(parts, ranges, strict=True)):
         learner, accuracy = train(part, len(r), number == 0)
         matrix.append([learner.top1(other) for other in on_device])
+        del learner  # and its graphs, before the next one's
         if number == 0:
             curve.append(accuracy)
     curve += [train(images.first(r.stop), r.stop, True)[1] for r in ranges[1:]]

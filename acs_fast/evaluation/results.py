@@ -17,7 +17,14 @@ from acs_fast.report import write_report
 from acs_fast.writer import lock, read_json, write_json
 
 RESULTS = "results.json"
-SAME = ("protocol", "network", "image_size", "ipc")  # a later evaluation of these replaces the earlier one
+SAME = (
+    "protocol",
+    "network",
+    "image_size",
+    "ipc",
+    "epochs",
+    "real",
+)  # a later evaluation of these replaces the earlier one
 
 
 def keep_results(path: Path, results: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class Real:
     channels: int
     native: int
     size: int
+    _listings: dict[str, Listing] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def mirror(self) -> bool:
@@ -47,6 +48,13 @@ class Real:
         listing = self.listing(split)
         return read_listed(listing, torch.arange(len(listing.entries)), size, self.channels)
 
+    def check(self) -> None:
+        """InputError where the test images are missing or do not fit; none is decoded in full."""
+        if self.source == DIGITS:
+            self.load("val")
+        else:
+            self.listing("val")
+
     def test(self, soft: bool) -> ImageSet:
         """The test images: shorter side to S, centre cropped to S; soft: shorter side to 256/224 S."""
         if not soft:
@@ -56,13 +64,14 @@ class Real:
         stop = start + self.size
         return dataclasses.replace(images, images=images.images[:, :, start:stop, start:stop].contiguous())
 
-    @functools.cache  # noqa: B019 (one object an evaluation, and it ends with it)
     def listing(self, split: str) -> Listing:
         """The files of a split; what is left out is said on stderr, and where the colours differ."""
+        if split in self._listings:
+            return self._listings[split]
         found = list_images(self.source, split, self.classes)
         if text := found.summary():
             print(text, file=sys.stderr)
-        channels = channels_of(found.entries[0])
+        channels = 3 if found.converted else channels_of(found.entries[0])  # some are grey, or all are alike
         if self.channels < channels:
             raise InputError(
                 f"the distilled images are grey and those of {self.source} are in colour; make both the same"
@@ -92,7 +101,7 @@ class Real:
 
     def sample(self) -> ImageSet:
         """The training images: all, or of each class as many random ones (seed 0) as 4 GiB hold."""
-        each = REAL_BYTES // (self.channels * self.size**2 * len(self.classes))
+        each = max(1, REAL_BYTES // (self.channels * self.size**2 * len(self.classes)))
         if len(self.train_labels) <= each * len(self.classes):
             return self.take(torch.arange(len(self.train_labels)))
         return self.random(each, 0)

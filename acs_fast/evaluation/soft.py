@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from acs_fast.augment import cutmix, to_device
 from acs_fast.config import InputError
 from acs_fast.data import ImageSet
+from acs_fast.evaluation.protocols import Recipe
 from acs_fast.evaluation.trained import images_digest
 from acs_fast.evaluation.training import Learner
 from acs_fast.evaluation.transforms import Draws, transformed
@@ -43,7 +44,7 @@ class SoftLabels:
         """InputError for a folder that holds other labels. identity: of `identity`."""
         self.folder = folder
         known = read_json(folder / IDENTITY) if (folder / IDENTITY).is_file() else None
-        if known is not None and known != identity:
+        if known != identity and (known is not None or any(folder.glob("epoch-*.safetensors"))):
             old = known if isinstance(known, dict) else {}
             differs = next((key for key in identity if old.get(key) != identity[key]), "its form")
             raise InputError(
@@ -52,16 +53,17 @@ class SoftLabels:
             )
         self.identity = identity
 
-    def complete(self, learner: Learner) -> None:
-        """Let the learner's teacher label what is not there yet; a bar shows it. May be stopped.
+    def complete(self, make: Callable[[], Learner]) -> None:
+        """Let a learner's teacher label what is not there yet; a bar shows it. May be stopped.
 
-        learner: untrained, of the identity, which this does not train.
+        make: an untrained learner of the identity, which this does not train.
         """
         epochs = self.identity["epochs"]
         missing = [epoch for epoch in range(epochs) if not self._path(epoch).is_file()]
         if not missing:
             return
         write_json(self.folder / IDENTITY, self.identity)
+        learner = make()
         with tqdm(total=len(missing), desc="soft labels", unit="epoch", disable=None) as progress:
             for epoch in range(epochs):
                 batches = list(learner.draws())  # also of those that are there: chance goes on
@@ -87,15 +89,16 @@ class SoftLabels:
         return self.folder / f"epoch-{epoch:03d}.safetensors"
 
 
-def identity(train: ImageSet, teacher: nn.Module, learner: Learner, seed: int) -> dict[str, Any]:
+def identity(train: ImageSet, teacher: nn.Module, recipe: Recipe, seed: int) -> dict[str, Any]:
     """What the labels are a function of, for `labels.json`."""
     return {
-        "images_sha256": images_digest(train),
-        "teacher_sha256": network_digest(teacher),
         "seed": seed,
-        "epochs": learner.recipe.epochs,
-        "batch_size": learner.recipe.batch_size,
-        "image_size": learner.size,
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "image_size": train.images.shape[-1],
+        "mirror": train.mirror,
+        "images": images_digest(train)[:12],
+        "teacher": network_digest(teacher)[:12],
     }
 
 

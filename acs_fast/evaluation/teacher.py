@@ -14,6 +14,7 @@ from acs_fast.evaluation.trained import train_on_real
 from acs_fast.models.classifier import build_classifier
 from acs_fast.models.weights import list_weights
 
+NETWORK = "resnet18"  # the protocol's
 COUNTER = "num_batches_tracked"  # of BatchNorm: torchvision's oldest files lack it
 
 
@@ -33,27 +34,25 @@ class Teacher(nn.Module):
 
 
 def load_teacher(
-    name_or_path: str | None,
-    network: str,
+    path: str | None,
     classes: Sequence[str],
     real: Callable[[], ImageSet],
     device: torch.device,
-    seed: int,
     folder: Path | None,
     size: int,
     channels: int = 3,
 ) -> Teacher:
-    """The teacher on `device`: the weights of a file, or else a `network` trained on the real images.
+    """The teacher on `device`: the weights of a file, or else a resnet18 trained on the real images.
 
-    name_or_path: a state dict (.pth, .pt, .safetensors) of `network` with an output for each of `classes`,
+    path: a state dict (.pth, .pt, .safetensors) of resnet18 with an output for each of `classes`,
     in their order, or torchvision's IMAGENET1K_V1 weights, whose 1000 outputs are narrowed to `classes` if
     all of them are ImageNet's: its probabilities are then renormalised over the set's classes by the softmax.
     None: trained on `real()`, images [N, channels, size, size], and kept in `folder`: see `trained`.
     Raises InputError for a file that is missing, unreadable or of another network.
     """
-    if name_or_path is not None:
-        return _from_file(Path(name_or_path), network, classes, size, channels).to(device)
-    return Teacher(*train_on_real(network, real(), seed, device, folder, "teacher"))
+    if path is not None:
+        return _from_file(Path(path), NETWORK, classes, size, channels).to(device)
+    return Teacher(*train_on_real(NETWORK, real(), 0, device, folder, "teacher"))
 
 
 def _from_file(path: Path, network: str, classes: Sequence[str], size: int, channels: int) -> Teacher:
