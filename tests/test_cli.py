@@ -68,6 +68,7 @@ def test_shortened_flags_are_refused(argv: list[str], capsys) -> None:
 
 def test_help_shows_the_defaults_in_effect(capsys, monkeypatch) -> None:
     monkeypatch.setitem(PRESETS["DistillConfig"], "digits", {"cfg_scale": 7.25})
+    monkeypatch.setenv("COLUMNS", "400")  # else a line may end at a hyphen
     text = {}
     for command in ("distill", "evaluate", "train"):
         with pytest.raises(SystemExit):
