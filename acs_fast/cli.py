@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import types
 import typing
@@ -31,12 +32,15 @@ COMPARISON = "runs/comparison.html"  # where `report` compares several runs
 def main(argv: list[str] | None = None) -> int:
     """Run a command: 0 on success, 1 where `bench` finds wrong results or `status` a run that is not whole.
 
-    2, with one sentence on stderr, for unusable input; 130 when interrupted, 143 when stopped by SIGTERM.
+    2, with one sentence on stderr, for unusable input; 130 when interrupted, 143 when stopped by SIGTERM, 141
+    when nobody reads what it prints any more.
     """
     args = make_parser().parse_args(argv)
     again = "run the same command again to continue" if args.call in (run_distill, run_encode) else ""
     try:
-        return args.call(args) or 0
+        code = args.call(args) or 0
+        sys.stdout.flush()
+        return code
     except InputError as error:
         if not getattr(error, "told", False):  # by rank 0
             print(f"acs-fast: {' '.join(str(error).split())}", file=sys.stderr)
@@ -44,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except RankLost as error:
         print(f"acs-fast: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read what this prints has ended: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 141
     except OSError as error:
         if getattr(error, "told", False):
             return 2

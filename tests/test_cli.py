@@ -68,6 +68,7 @@ def test_shortened_flags_are_refused(argv: list[str], capsys) -> None:
 
 def test_help_shows_the_defaults_in_effect(capsys, monkeypatch) -> None:
     monkeypatch.setitem(PRESETS["DistillConfig"], "digits", {"cfg_scale": 7.25})
+    monkeypatch.setenv("COLUMNS", "400")  # else a line may end at a hyphen
     text = {}
     for command in ("distill", "evaluate", "train"):
         with pytest.raises(SystemExit):
@@ -157,3 +158,9 @@ def test_the_digits_take_under_a_minute_and_two_gigabytes(tmp_path: Path) -> Non
     assert time.perf_counter() - started < 60
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000  # KiB, the largest child so far
     assert len(list((tmp_path / "run" / "images").rglob("*.png"))) == 100
+
+
+def test_a_reader_that_ends_is_no_error() -> None:
+    command = f"{sys.executable} -m acs_fast env | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("141\n", "")

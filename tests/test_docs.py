@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from acs_fast.config import PRESETS
+from benchmarks import evaluation_table
 from benchmarks.digits import RESULTS, table
 from benchmarks.step_speed import table as step_table
 
@@ -88,3 +89,22 @@ def test_the_engine_beats_the_baselines_on_the_cpu_that_was_measured() -> None:
     assert chosen["times_as_fast_as_bf16_E"] >= 1.5 and chosen["times_as_fast_as_bf16_C"] >= 1.3
     assert chosen["percent_of_bf16_gemm"] >= 65 and ours["bf16", 1]["percent_of_gemm"] >= 65
     assert ours["bf16", 4]["peak_mb"] <= 3000
+
+
+def test_the_benchmarks_page_shows_the_measured_evaluations() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert evaluation_table.table() in page
+
+
+def test_the_evaluation_is_as_fast_and_as_true_as_the_page_says() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    speed = json.loads((RESULTS / "evaluate_speed.jsonl").read_text().splitlines()[-1])
+    seconds = speed["seconds_per_epoch"]
+    for name in ("ours", "ours, fp32", "DataLoader, workers kept", "DataLoader, workers started"):
+        assert f"{seconds[name]:.1f} s" in page, name
+    assert min(v for name, v in speed["speedup"].items() if name.startswith("DataLoader")) >= 3
+    accuracy = json.loads((RESULTS / "evaluate_accuracy.jsonl").read_text().splitlines()[-1])
+    for difference in accuracy["differences"].values():
+        assert abs(difference["mean"]) <= difference["half"]
+    for value in accuracy["mean"].values():
+        assert f"{value:.1f} %" in page

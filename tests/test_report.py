@@ -396,7 +396,8 @@ def test_known_sets_keep_their_colours() -> None:
 def test_small_numbers_of_the_drawings() -> None:
     assert [heat_level(value, (50.0, 100.0)) for value in (40, 50, 75, 100, float("nan"))] == [0, 0, 4, 8, 0]
     assert heat_level(100.0, (100.0, 100.0)) == 4
-    assert mean_std(12.345, 0.06) == "12.3 ± 0.1" and mean_std(float("nan"), 0.0) == "—"
+    assert mean_std(12.345, 0.06, 2) == "12.3 ± 0.1" and mean_std(float("nan"), 0.0, 2) == "—"
+    assert mean_std(12.345, 0.0, 1) == "12.3"
 
 
 def test_no_results_are_no_error(tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ def evaluation(run: RunFolder, found: Evaluation, number: int) -> Html:
     """One protocol's results; number: of the evaluation on the page."""
     series = series_of(list(found.sets))
     rows = [Row(name, name, series[name], *pair) for name, pair in found.sets.items()]
-    cells = [(row.name, *(mean_std(score.mean, score.std) for score in (row.best, row.last))) for row in rows]
+    cells = [
+        (row.name, *(mean_std(score.mean, score.std, len(score.values)) for score in (row.best, row.last)))
+        for row in rows
+    ]
     drawing = dots(f"accuracy-{number}", rows, "top-1 accuracy, %")
     note = legend({}, (("best", True), ("last", False)))
     caption = "Mean and standard deviation; the strokes are the single repeats."
@@ -70,6 +73,12 @@ def evaluation(run: RunFolder, found: Evaluation, number: int) -> Html:
     )
 
 
+def repeats_text(repeats: int, seed: int) -> str:
+    """How many repeats with which seeds."""
+    seeds = f"seeds {seed} to {seed + repeats - 1}" if repeats > 1 else f"seed {seed}"
+    return f"{repeats} repeat{'s' * (repeats != 1)} with {seeds}"
+
+
 def protocol_title(protocol: Protocol) -> str:
     """A protocol in a few words."""
     return (
@@ -83,10 +92,8 @@ def evaluation_facts(found: Evaluation) -> str:
     epochs = found.protocol.epochs[0]
     of = f" of the protocol's {found.protocol_epochs}" if epochs != found.protocol_epochs else ""
     took = f"; it took {duration(found.seconds)}" if math.isfinite(found.seconds) else ""
-    last = found.seed + found.repeats - 1
-    seeds = f"seeds {found.seed} to {last}" if found.repeats > 1 else f"seed {found.seed}"
     return (
-        f"{epochs} epochs{of}; {found.repeats} repeat{'s' * (found.repeats != 1)} with {seeds}; "
+        f"{epochs} epochs{of}; {repeats_text(found.repeats, found.seed)}; "
         f"tested on {found.test_images} real images of {found.real or 'a set that was not noted'}{took}."
     )
 

@@ -117,7 +117,7 @@ def group(
         (name, label, one, *one.sets[name]) for name in names for label, _, one in members if name in one.sets
     ]
     rows = [
-        (name, label, mean_std(best.mean, best.std), mean_std(last.mean, last.std), one.repeats)
+        (name, label, *(mean_std(s.mean, s.std, len(s.values)) for s in (best, last)), one.repeats)
         for name, label, one, best, last in found
     ]
     title, classed = protocol_title(protocol), members[0][1]
@@ -160,7 +160,11 @@ def increments(runs: list[Labelled]) -> Html:
         groups[found.protocol, found.real_images, run.classes].append((label, run, found))
     for number, ((protocol, _, _), members) in enumerate(groups.items(), start=1):
         overlaps = [(name, label, one.sets[name]) for name, label, one in by_set(members)]
-        rows = [(name, label, mean_std(o.cross.mean, o.cross.std)) for name, label, o in overlaps if o.matrix]
+        rows = [
+            (name, label, mean_std(o.cross.mean, o.cross.std, len(o.cross.values)))
+            for name, label, o in overlaps
+            if o.matrix
+        ]
         lines: dict[str, list[Line]] = defaultdict(list)
         for name, label, overlap in overlaps:
             if overlap.incremental:

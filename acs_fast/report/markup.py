@@ -120,9 +120,11 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else DASH
 
 
-def mean_std(mean: float, std: float, digits: int = 1) -> str:
-    """Mean and standard deviation."""
-    return f"{number(mean, digits)} ± {number(std, digits)}" if math.isfinite(mean) else DASH
+def mean_std(mean: float, std: float, repeats: int, digits: int = 1) -> str:
+    """Mean and standard deviation; of one repeat its value."""
+    if not math.isfinite(mean):
+        return DASH
+    return number(mean, digits) + (f" ± {number(std, digits)}" if repeats > 1 else "")
 
 
 def document(title: str, *content: object) -> bytes:

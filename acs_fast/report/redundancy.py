@@ -6,7 +6,7 @@ import itertools
 import math
 
 from acs_fast.report import commands
-from acs_fast.report.accuracy import deviations, protocol_title
+from acs_fast.report.accuracy import deviations, protocol_title, repeats_text
 from acs_fast.report.figures import Line, curves, heat_map, legend, limits_of, series_of
 from acs_fast.report.folder import RunFolder
 from acs_fast.report.markup import (
@@ -46,10 +46,9 @@ def redundancy(run: RunFolder) -> Html:
             "redundancy", title, missing("No redundancy was measured", commands.redundancy(run.path))
         )
     command = reproduce([commands.redundancy(run.path, found)], facts_line(found.stood_on))
-    last = found.seed + found.repeats - 1
     epochs = ", ".join(map(str, found.protocol.epochs))
     how = (
-        f"{protocol_title(found.protocol)}; {found.repeats} repeats with seeds {found.seed} to {last}; "
+        f"{protocol_title(found.protocol)}; {repeats_text(found.repeats, found.seed)}; "
         f"epochs by increment: {epochs}. Mean ± standard deviation over the repeats."
     )
     parts = [join((part, command), "\n") for part in (heat_maps(found), gains(found), covers(found))]
@@ -82,7 +81,7 @@ def cross_text(overlap: Overlap) -> str:
     """The mean off the diagonal, in words."""
     if len(overlap.matrix) < 2:
         return "one increment, so there is nothing to compare"
-    return f"mean over i ≠ j {mean_std(overlap.cross.mean, overlap.cross.std)} %"
+    return f"mean over i ≠ j {mean_std(overlap.cross.mean, overlap.cross.std, len(overlap.cross.values))} %"
 
 
 def gains(found: Redundancy) -> Html:
