@@ -65,7 +65,9 @@ class Table:
             linear = cast(nn.Linear, layer[1])
             weight, bias = linear.weight.to(wide), linear.bias.to(wide)
             n = len(bias)
-            self.values[:, slots, at : at + n] = F.linear(c, weight, bias).to(self.values.dtype)
+            for place, slot in enumerate(range(slots.start, slots.stop)):
+                # class by class: a product may round by how many rows it has, and these hang on what is left
+                self.values[:, slot, at : at + n] = F.linear(c[:, place], weight, bias).to(self.values.dtype)
             at += n
 
     def _embed_timesteps(self, dtype: torch.dtype) -> Tensor:

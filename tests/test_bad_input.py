@@ -161,8 +161,8 @@ def test_file_preset_and_flags_overrule_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("ipc: 20\nguidance_scale: 1\nguidance_window: [0, 1]\n")
     config = resolve(DistillConfig, {"ipc": 30}, str(tmp_path / "a.yaml"))
     assert (config.ipc, config.guidance_scale, config.guidance_window) == (30, 1.0, (0.0, 1.0))
-    assert resolve(EvaluateConfig, {}).protocol is None
-    assert resolve(EvaluateConfig, {"preset": "digits"}).protocol == "hard-adamw"
+    assert resolve(EvaluateConfig, {}).protocol == ()
+    assert resolve(EvaluateConfig, {"preset": "digits"}).protocol == ("hard-adamw",)
     assert resolve(TrainConfig, {"iterations": 3}).iterations == 3
     with pytest.raises(InputError, match="repeats"):
         resolve(EvaluateConfig, {"repeats": 0})
@@ -183,9 +183,10 @@ def test_a_configuration_in_python_is_the_bare_command(cls: type) -> None:
         (DistillConfig, {"discriminator_steps": 0}, "--discriminator-steps is 0, it must be at least 1"),
         (
             EvaluateConfig,
-            {"protocol": "soft"},
-            "--protocol is 'soft', it must be one of hard-sgd, hard-adamw",
+            {"protocol": ("softer",)},
+            "there is no protocol 'softer'; use hard-sgd, hard-adamw, soft",
         ),
+        (EvaluateConfig, {"network": "vgg"}, r"network is 'vgg', it must be a tuple: \('vgg',\)"),
         (EvaluateConfig, {"seed": -1}, "--seed is -1, it must be 0 to 2"),
         (EvaluateConfig, {"epochs": 0}, "--epochs is 0, it must be at least 1"),
         (TrainConfig, {"device": "gpu"}, "--device is 'gpu', it must be one of auto, cpu, cuda"),

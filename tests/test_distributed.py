@@ -103,7 +103,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path: Path) -> None
         else:
             assert {"images/3/0.png", "images/8/0.png"} <= same
             one, two = (json.loads(c["curricula.json"])["3"]["sampled"] for c in (found, whole))
-            assert one["loss"] == pytest.approx(two["loss"], abs=1e-3)
+            assert one["loss"] == pytest.approx(two["loss"], abs=1e-2)  # sums in another order
     assert (tmp_path / "True-2" / "logs" / "rank-1.log").is_file()
 
 

@@ -64,9 +64,9 @@ def test_the_digits_are_the_defaults() -> None:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_sets_are_judged_by_a_network_of_the_published_tables(name: str) -> None:
     config = resolve(EvaluateConfig, {"preset": name})
-    assert config.network == ("resnet-18" if name == "imagenet1k" else "resnetap-10")
-    build_classifier(config.network, 3, 10, 256)
-    assert config.protocol is None and config.epochs is None  # hard-sgd, by the number of images
+    assert config.network == ("resnet-18" if name == "imagenet1k" else "resnetap-10",)
+    build_classifier(config.network[0], 3, 10, 256)
+    assert config.protocol == () and config.epochs is None  # hard-sgd, by the number of images
 
 
 def test_imagenet100_is_a_list_of_imagenet_in_its_own_order() -> None:

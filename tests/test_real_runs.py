@@ -95,11 +95,12 @@ def test_distill_and_evaluate_from_a_folder(make, tmp_path: Path, objective: str
         assert entry["real"]["images"] == 18 and list(entry["misclassified_real"]) == list(CLASSES)
         wrong = sum(entry["misclassified_real"].values())
         assert entry["real"]["accuracy"] == pytest.approx(100 * (18 - wrong) / 18, abs=1e-3)
-    results = evaluate(EvaluateConfig(path=str(out), repeats=1, epochs=1, network="convnet-2"))
-    assert results["test_images"] == 6 and results["real"].endswith("real")
-    rows = results["curricula"]
+    results = evaluate(EvaluateConfig(path=str(out), repeats=1, epochs=1, network=("convnet-2",)))
+    (found,) = results["evaluations"]
+    assert found["test_images"] == 6 and found["real"].endswith("real")
+    rows = json.loads((out / "results.json").read_text())["curricula"]
     assert [row["curriculum"] for row in rows] == [1, 2, 3] and rows == by_curriculum(out)
-    assert rows[0]["discriminator"] is rows[0]["before"] is rows[2]["after"] is None
+    assert (rows[0]["discriminator"], rows[0]["before"], rows[2]["after"]) == (None, None, None)
     assert rows[0]["after"] == record["2"]["newest"] and rows[1]["after"] == record["3"]["newest"]
     manifest = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     losses = [row["discriminator_loss"] for row in manifest if row["curriculum"] == 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -119,6 +120,9 @@ def test_the_command(tiny, capsys) -> None:
     assert found["features"].startswith("convnet-1 trained on ")
     page = (out / "report.html").read_text()
     assert "Cross-increment" in page and "convnet-1 trained on" in page
+    again = [re.sub("<.*?>", "", code) for code in re.findall("<code>.*?</code>", page)]
+    again = [command for command in again if "--redundancy" in command]
+    assert again and "--features convnet-1" in again[0] and "--repeats 2" in again[0]
 
 
 @pytest.mark.parametrize(

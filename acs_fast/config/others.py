@@ -74,6 +74,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self, ("ipc", "repeats", "epochs", "image_size"))
+        for what in ("baselines", "protocol", "network"):
+            names = getattr(self, what)
+            require(not isinstance(names, str), f"{what} is {names!r}, it must be a tuple: ({names!r},)")
         for known, chosen, what in (
             (BASELINES, self.baselines, "baseline"),
             (PROTOCOLS, self.protocol, "protocol"),

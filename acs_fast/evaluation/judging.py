@@ -184,7 +184,14 @@ class Evaluation:
             "mirror": self.real.mirror,
             "baselines": list(self.config.baselines),
             "real": self.real.source,
+            "flags": self._other_flags(),
         }  # fmt: skip
+
+    def _other_flags(self) -> dict[str, str]:
+        """The further settings that whoever repeats this must give."""
+        given = {name: getattr(self.config, name) for name in ("dtype", "features", "teacher")}
+        default = EvaluateConfig()
+        return {name: value for name, value in given.items() if value != getattr(default, name)}
 
     def redundancy(self) -> dict[str, Any]:
         """The record of the redundancy of each set, by the first hard protocol and its network."""

@@ -45,6 +45,7 @@ def evaluation(run: Path, found: Evaluation) -> str:
         "seed": found.seed,
         "baselines": ",".join(found.baselines) or None,
         "real": found.real or None,
+        **found.flags,
     }
     return evaluate(run, *flags(settings))
 
@@ -60,6 +61,7 @@ def redundancy(run: Path, found: Redundancy | None = None) -> str:
             "seed": found.seed,
             "baselines": ",".join(found.baselines) or None,
             "real": found.real or None,
+            **found.flags,
         }
     return evaluate(run, "--redundancy", *flags(settings))
 

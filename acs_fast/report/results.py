@@ -49,6 +49,7 @@ class Evaluation:
     seconds: float
     sets: dict[str, tuple[Score, Score]]
     stood_on: dict[str, Any]
+    flags: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Redundancy:
     seconds: float
     sets: dict[str, Overlap]
     stood_on: dict[str, Any]
+    flags: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def parse_evaluation(entry: dict[str, Any]) -> Evaluation:
         seconds=real_number(entry.get("seconds")),
         sets={str(name): best_last(row) for name, row in entry["sets"].items()},
         stood_on=stood_on(entry),
+        flags=other_flags(entry),
     )
 
 
@@ -171,6 +174,7 @@ def parse_redundancy(entry: dict[str, Any]) -> Redundancy:
         seconds=real_number(entry.get("seconds")),
         sets={str(name): parse_overlap(row) for name, row in entry["sets"].items()},
         stood_on=stood_on(entry),
+        flags=other_flags(entry),
     )
 
 
@@ -220,6 +224,11 @@ def real_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number")
     return float(value)
+
+
+def other_flags(entry: dict[str, Any]) -> dict[str, str]:
+    """The further settings that an entry was made with, where they are not the defaults."""
+    return {str(name): str(value) for name, value in dict(entry.get("flags", {})).items()}
 
 
 def texts(values: Any) -> tuple[str, ...]:
