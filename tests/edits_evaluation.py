@@ -61,7 +61,7 @@ EVALUATION = [
         f"{ROOM}/soft.py",
         '"teacher": network_digest(teacher)[:12],',
         '"teacher": "",',
-        "others_are_refused",
+        "identity_differs",
         SOFT,
     ),
     Mutation(

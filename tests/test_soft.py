@@ -109,6 +109,18 @@ def test_others_are_refused(tmp_path: Path, changed: dict, named: str) -> None:
         labels(tmp_path, **changed)
 
 
+def test_the_identity_differs_where_the_labels_would() -> None:
+    recipe, train = make_recipe("soft", 10, 3, 3), examples()
+    found = [
+        identity(train, a_teacher(), recipe, 4),
+        identity(train, a_teacher(1), recipe, 4),
+        identity(one_pixel(train), a_teacher(), recipe, 4),
+        identity(train, a_teacher(), dataclasses.replace(recipe, epochs=4), 4),
+        identity(train, a_teacher(), recipe, 5),
+    ]
+    assert len({str(value) for value in found}) == len(found)
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     stored = labels(tmp_path)
     path = tmp_path / "epoch-002.safetensors"
