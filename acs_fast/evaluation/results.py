@@ -93,7 +93,7 @@ def format_table(row: dict[str, Any]) -> str:
         f"{row['repeats']} repeats, top-1 % on {row['test_images']} real test images",
     ]
     if row["deviations"]:
-        lines.append(f"not as the protocol: {'; '.join(row['deviations'])}")
+        lines += ["not as the protocol:", *(f"  {text}" for text in row["deviations"])]
     lines.append(f"{'set':<18}{'best':>14}{'last':>16}")
     for name, values in row["sets"].items():
         cells = [f"{values[key]['mean']:.1f} +- {values[key]['std']:.1f}" for key in ("best", "last")]
