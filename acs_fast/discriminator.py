@@ -24,7 +24,6 @@ from acs_fast.session import Session
 from acs_fast.writer import read_tensors, write_tensors
 
 WEIGHT_DECAY = 0.01
-WARMUP_STEPS = 3  # before a capture: libraries load their kernels and the optimizer makes its state
 SHOWN_EVERY = 20  # steps: reading the loss for the progress bar waits for the device
 
 
@@ -233,22 +232,9 @@ class Trainer:
             loss = partial(_loss, self.network, batch, labels, real, total)
             step = partial(_train_step, loss, self.optimizer, self.loss, self.ranks)
             if self.capture:
-                step = self._captured(step)
+                step = graph.captured_training(step, self.device, self.pool)
             self.buckets[key] = Bucket(batch, labels, real, step)
         return self.buckets[key]
-
-    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The replay of `step` as a CUDA graph; the warm-up trains on zeros, so a start anew must follow.
-
-        The graphs share one pool: they replay one after another, and none reads what another left there.
-        """
-
-        def warm_up() -> None:
-            for _ in range(WARMUP_STEPS):
-                step()
-
-        with torch.cuda.device(self.device):
-            return graph.capture(step, warm_up, self.pool).replay
 
 
 def _loss(

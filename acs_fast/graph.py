@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+WARMUP_STEPS = 3  # of a training: libraries load their kernels and the optimizer makes its state
+
 
 def capture(call: Callable[[], None], warm_up: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """A graph of what `call` launches, on the current device, with its temporary memory in `pool`.
@@ -26,6 +28,20 @@ def capture(call: Callable[[], None], warm_up: Callable[[], None], pool: Any = N
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         call()
     return graph
+
+
+def captured_training(step: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """The replay of a training step as a CUDA graph; the warm-up trains too, so `start_anew` must follow.
+
+    Graphs of one pool replay one after another, and none reads what another left there.
+    """
+
+    def warm_up() -> None:
+        for _ in range(WARMUP_STEPS):
+            step()
+
+    with torch.cuda.device(device):
+        return capture(step, warm_up, pool).replay
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:

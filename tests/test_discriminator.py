@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from acs_fast import discriminator
+from acs_fast import discriminator, graph
 from acs_fast.augment import random_resized_crop
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.discriminator import Classifiers, Trainer, score
+from acs_fast.discriminator import Bucket, Classifiers, Trainer, score
 from acs_fast.distributed import Ranks
 from acs_fast.feeds import Examples, permuted
 from acs_fast.models.classifier import build_classifier
@@ -126,9 +127,13 @@ class Recorded(Trainer):
 
     captures = 0
 
-    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+    def _bucket(self, examples: Examples) -> Bucket:
+        with mock.patch.object(graph, "captured_training", self._recorded):
+            return super()._bucket(examples)
+
+    def _recorded(self, step: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
         self.captures += 1
-        for _ in range(discriminator.WARMUP_STEPS):
+        for _ in range(graph.WARMUP_STEPS):
             step()
         return step
 

@@ -96,6 +96,19 @@ def test_the_benchmarks_page_shows_the_measured_evaluations() -> None:
     assert evaluation_table.table() in page
 
 
+def test_the_coverage_to_expect_is_that_of_the_rows() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "evaluation.jsonl").read_text().splitlines()]
+    found = {
+        round(values["coverage"]["expected"], 2)
+        for row in rows
+        if row["data"] == "digits" and "redundancy" in row
+        for values in row["redundancy"]["sets"].values()
+    }
+    (expected,) = found
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"where {expected:.2f} is to be expected" in page
+
+
 def test_the_evaluation_is_as_fast_and_as_true_as_the_page_says() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     speed = json.loads((RESULTS / "evaluate_speed.jsonl").read_text().splitlines()[-1])

@@ -50,6 +50,9 @@ def test_a_line_that_a_kill_cut_is_made_again(tmp_path: Path, damage: str) -> No
     assert made == ([0, 1, 2, 2, 3] if damage == "end" else [0, 1, 2, 3])
 
 
+commit = ["abc"]  # that the evaluation thinks it runs from
+
+
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What is trained: nothing but a number; the third raises."""
@@ -64,6 +67,8 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
     stopped: list[int] = []
     monkeypatch.setattr(judging, "train_and_test", train)
+    monkeypatch.setattr(judging, "describe", lambda device: {"commit": commit[0]})
+    commit[0] = "abc"
     return done
 
 
@@ -83,3 +88,13 @@ def test_a_stopped_evaluation_goes_on(tiny, trainings) -> None:
         before = len(trainings)
         evaluate(EvaluateConfig(**{"path": out, "epochs": 3, "repeats": 1, **other}))
         assert len(trainings) == before + 1, other
+
+
+def test_changed_code_keeps_and_uses_nothing(tiny, trainings) -> None:
+    out = distill(tiny())
+    config = EvaluateConfig(path=str(out), epochs=3, repeats=1)
+    evaluate(config)
+    commit[0] = "abc+"  # with uncommitted changes
+    before = (out / "baselines" / "trainings.jsonl").read_text()
+    evaluate(config)
+    assert len(trainings) == 2 and (out / "baselines" / "trainings.jsonl").read_text() == before

@@ -13,6 +13,7 @@ from acs_fast import EvaluateConfig, InputError, distill, evaluate
 from acs_fast.cli import main
 from acs_fast.data import ImageSet, load_images, read_image
 from acs_fast.evaluation import judging, redundancy
+from acs_fast.evaluation.protocols import Recipe
 from acs_fast.evaluation.redundancy import epochs_of, increments, measure, off_diagonal, summarised
 from acs_fast.evaluation.training import Accuracy, TestSet
 
@@ -45,8 +46,8 @@ def test_the_mean_is_off_the_diagonal() -> None:
 
 def test_who_is_trained_on_what_and_tested_on_what(monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder:
-        def __init__(self, train: ImageSet, *rest: object, **options: object):
-            self.seen = sorted(train.images[:, 0, 0, 0].tolist())
+        def __init__(self, train: ImageSet, network: str, recipe: Recipe, *rest: object, **options: object):
+            self.seen, self.recipe = sorted(train.images[:, 0, 0, 0].tolist()), recipe
 
         def epoch(self) -> None:
             trained.append(self.seen)

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from acs_fast import InputError
+from acs_fast import EvaluateConfig, InputError, distill, evaluate
 from acs_fast.data import ImageSet
+from acs_fast.evaluation import judging
 from acs_fast.evaluation.protocols import make_recipe
+from acs_fast.evaluation.sets import Real
 from acs_fast.evaluation.soft import SoftLabels, identity
 from acs_fast.evaluation.training import Learner
 
@@ -127,3 +129,40 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(InputError, match=r"epoch-002.safetensors cannot be read; delete the file"):
         list(stored.draws(2, 50))
+
+
+class Brightness(nn.Module):
+    """A teacher that needs no training."""
+
+    origin = "a teacher"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * torch.stack((x.mean(dim=(1, 2, 3)), -x.mean(dim=(1, 2, 3))), dim=1)
+
+
+def test_evaluate_by_soft_labels(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: soft test images, the teacher in the record, labels stored and used."""
+    seen: list[tuple] = []
+    real = judging.train_and_test
+
+    def spy(*arguments):
+        seen.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(judging, "train_and_test", spy)
+    monkeypatch.setattr(judging, "load_teacher", lambda *rest: Brightness())
+    out, folder = distill(tiny()), tmp_path / "labels"
+    settings = {"path": str(out), "protocol": ("soft",), "network": ("convnet-1",), "epochs": 2, "repeats": 2}
+    (row,) = evaluate(EvaluateConfig(**settings, stored_soft_labels=str(folder), dtype="bf16"))["evaluations"]
+    test = Real("digits", ("3", "8"), 1, 8, 8).test(True)
+    for _, tested, _, recipe, *_, teacher, batches, dtype in seen:
+        assert torch.equal(tested.images, test.images) and recipe.soft and dtype is torch.bfloat16
+        assert isinstance(teacher, Brightness) and "logits" in next(iter(batches(0)))
+    assert any(text.startswith("teacher: a teacher, ") for text in row["deviations"])
+    assert {path.name for path in folder.iterdir()} == {"distilled-0", "distilled-1"}
+    evaluate(EvaluateConfig(**settings))
+    assert seen[-1][-2] is None and seen[-1][-1] is torch.float32  # taught as it goes

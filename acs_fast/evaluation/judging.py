@@ -78,8 +78,10 @@ class Evaluation:
 
     def prepare(self) -> None:
         """Choose the coresets, sample what is to be sampled, make the teacher and the features."""
-        file = self.run.path / "baselines" / "trainings.jsonl" if self.run else None
-        self.kept = Kept(file, {**describe(self.device), "dtype": str(self.dtype)})
+        world = {**describe(self.device), "dtype": str(self.dtype)}
+        known = not (world["commit"] or "").endswith("+")  # else other code has the same name
+        file = self.run.path / "baselines" / "trainings.jsonl" if self.run and known else None
+        self.kept = Kept(file, world)
         self.tests: dict[bool, tuple[TestSet, str]] = {}
         names = self.config.baselines
         if self.config.redundancy:
@@ -163,6 +165,7 @@ class Evaluation:
             "trained": images_digest(train),
             "tested": self.test(recipe.soft)[1],
             "teacher": network_digest(self.teacher) if recipe.soft else None,
+            "stored": recipe.soft and self.config.stored_soft_labels is not None,  # rounded to fp16
         }
 
     def _made_by(self, network: str, recipe: Recipe) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from acs_fast.models.classifier import default_network
+from acs_fast.models.resnet import LAYOUTS
 
 PROTOCOL_SIZE = 224  # px that the published protocols crop to; the setting --image-size says another
 SOFT_RESIZE = 256 / 224  # the soft protocol's test images: shorter side to 256, centre cropped to 224
 SOFT_EPOCHS = 300
 TEMPERATURE = 20.0  # of the soft protocol; its loss has no factor T^2
-SOFT_NETWORKS = ("resnet18", "resnet50", "resnet101")
+SOFT_NETWORKS = tuple(LAYOUTS)
 REPEATS = {"hard-sgd": 3, "hard-adamw": 5, "soft": 3}  # trainings behind a published mean
 VALIDATIONS = 100  # of a hard protocol
 

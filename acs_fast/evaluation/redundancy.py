@@ -12,7 +12,7 @@ from tqdm import tqdm
 from acs_fast.data import ImageSet
 from acs_fast.evaluation.protocols import make_recipe
 from acs_fast.evaluation.results import summary
-from acs_fast.evaluation.training import Accuracy, Learner, TestSet
+from acs_fast.evaluation.training import Accuracy, Learner, TestSet, fit
 
 
 def increments(images: ImageSet, ranges: Sequence[range]) -> list[ImageSet]:
@@ -60,24 +60,19 @@ def measure(
     on_device = [TestSet.of(part, device) for part in parts]
     matrix, curve = [], []
 
-    def train(part: ImageSet, ipc: int, tested: bool) -> tuple[Learner, tuple[float, float]]:
+    def train(part: ImageSet, ipc: int, tested: TestSet | None) -> tuple[Learner, tuple[float, float]]:
         recipe = make_recipe(protocol, ipc, classes, epochs)
-        learner, best, last = Learner(part, network, recipe, seed, device, dtype=dtype), 0.0, 0.0
-        for epoch in range(recipe.epochs):
-            learner.epoch()
-            progress.update()
-            if tested and recipe.validates(epoch):
-                last = learner.top1(test)
-                best = max(best, last)
-        return learner, (best, last)
+        learner = Learner(part, network, recipe, seed, device, dtype=dtype)
+        accuracy = fit(learner, tested, progress)
+        return learner, (accuracy.best, accuracy.last)
 
     for number, (part, r) in enumerate(zip(parts, ranges, strict=True)):
-        learner, accuracy = train(part, len(r), number == 0)
+        learner, accuracy = train(part, len(r), None if number else test)
         matrix.append([learner.top1(other) for other in on_device])
         del learner  # and its graphs, before the next one's
         if number == 0:
             curve.append(accuracy)
-    curve += [train(images.first(r.stop), r.stop, True)[1] for r in ranges[1:]]
+    curve += [train(images.first(r.stop), r.stop, test)[1] for r in ranges[1:]]
     return matrix, curve
 
 

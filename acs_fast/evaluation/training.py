@@ -20,8 +20,6 @@ from acs_fast.evaluation.protocols import TEMPERATURE, Recipe
 from acs_fast.evaluation.transforms import Draws, draw, transformed
 from acs_fast.models.classifier import build_classifier
 
-WARMUP_STEPS = 3  # before a capture: libraries load their kernels and the optimizer makes its state
-
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -165,14 +163,7 @@ class Learner:
         assert set(examples) == {min(n, size)} | ({n % size} - {0})
         for length, draws in examples.items():
             static = {name: values.to(self.device) for name, values in draws.items()}
-            step = partial(self._train, static)
-
-            def warm_up(step: Callable[[], None] = step) -> None:
-                for _ in range(WARMUP_STEPS):
-                    step()
-
-            with torch.cuda.device(self.device):
-                replay = graph.capture(step, warm_up, pool).replay
+            replay = graph.captured_training(partial(self._train, static), self.device, pool)
             self.steps[length] = partial(_replay, static, replay)
         graph.start_anew(self.network, self.optimizer, initial)
 
@@ -213,13 +204,17 @@ def train_and_test(
     dtype: torch.dtype = torch.float32,
 ) -> Accuracy:
     """Train one fresh classifier on `train` by the recipe, testing it as the protocol says."""
-    learner = Learner(train, network, recipe, seed, device, teacher, batches, dtype)
+    return fit(Learner(train, network, recipe, seed, device, teacher, batches, dtype), test, progress)
+
+
+def fit(learner: Learner, test: TestSet | None, progress: tqdm[Any] | None = None) -> Accuracy:
+    """Train to the end of the recipe, testing as the protocol says; without a test set the accuracy is 0."""
     best = last = 0.0
-    for epoch in range(recipe.epochs):
+    for epoch in range(learner.recipe.epochs):
         learner.epoch()
         if progress is not None:
             progress.update()
-        if recipe.validates(epoch):
+        if test is not None and learner.recipe.validates(epoch):
             last = learner.top1(test)
             best = max(best, last)
     return Accuracy(best, last)

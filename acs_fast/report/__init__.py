@@ -2,7 +2,6 @@
 
 from acs_fast.report.comparison import compare
 from acs_fast.report.page import write_report
-from acs_fast.report.results import epochs_text
 from acs_fast.report.sheet import contact_sheet
 
-__all__ = ["compare", "contact_sheet", "epochs_text", "write_report"]
+__all__ = ["compare", "contact_sheet", "write_report"]

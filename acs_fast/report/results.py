@@ -238,13 +238,6 @@ def texts(values: Any) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def epochs_text(results: dict[str, Any]) -> str:
-    """The epochs trained, and the protocol's own if they are more."""
-    fewer = results["epochs"] < results["protocol_epochs"]
-    of = f" of the protocol's {results['protocol_epochs']}" if fewer else ""
-    return f"{results['epochs']}{of} epochs"
-
-
 def stood_on(entry: dict[str, Any]) -> dict[str, Any]:
     """What `environment.describe` wrote."""
     return {name: entry.get(name) for name in ("commit", "device", "threads", "versions")}
