@@ -93,7 +93,8 @@ class Denoiser:
 
     Call it with x [B, C, H, W] fp32, the step's number, and rows int64 [2B], the table slots of the B
     conditional samples and then of the B null ones; returns `denoised` [2B, C or 2C, H, W] in the denoiser's
-    dtype, one static buffer. `with_variance=False` leaves the variance half of the final layer out.
+    dtype, one static buffer. `with_variance=False` leaves the variance half of the final layer out;
+    `with_null=False` the null branch, which guidance of scale 1 multiplies by zero: its half is a copy.
     """
 
     def __init__(
@@ -107,12 +108,13 @@ class Denoiser:
         slots: int,
         with_variance: bool,
         pack: bool,
+        with_null: bool = True,
     ):
         self.config, self.ops, self.attention, self.batch_size = model.config, ops, attention, batch_size
-        self.table = Table(model, timesteps, slots)
+        self.table, self.with_null = Table(model, timesteps, slots), with_null
         shape, dtype, device = model.config, model.pos_embed.dtype, model.pos_embed.device
         d, p, self.grid = shape.hidden_size, shape.patch_size, shape.input_size // shape.patch_size
-        n, self.tokens_per_image = 2 * batch_size, self.grid**2
+        n, self.tokens_per_image = batch_size * (2 if with_null else 1), self.grid**2
         rows = n * self.tokens_per_image
         proj = model.x_embedder.proj
         self.patch_weight = proj.weight.detach().flatten(1).t().contiguous()  # [C p p, D]
@@ -130,7 +132,7 @@ class Denoiser:
         self.branch = empty(rows, d)  # what attention and MLP add
         self.hidden = empty(rows, 4 * d)  # the MLP's, and before it the fused q, k, v
         self.patched = empty(rows, p * p * self.out_channels)
-        self.denoised = empty(n, self.out_channels, shape.input_size, shape.input_size)
+        self.denoised = empty(2 * batch_size, self.out_channels, shape.input_size, shape.input_size)
 
     def _block(self, block: DiTBlock, rows: int, pack: bool) -> _Block:
         attn, mlp, eps = block.attn, block.mlp, (block.norm1.eps, block.norm2.eps)
@@ -151,6 +153,7 @@ class Denoiser:
     def __call__(self, x: Tensor, step: int, rows: Tensor) -> Tensor:
         tokens, normed, table = self.tokens, self.normed, self.table.values[step]
         d, n = self.config.hidden_size, len(tokens)
+        rows = rows[:n]
 
         def columns(block: int, *which: int) -> tuple[Tensor, ...]:
             return tuple(table[:, (6 * block + w) * d : (6 * block + w + 1) * d] for w in which)
@@ -181,13 +184,15 @@ class Denoiser:
         (b, c, _, _), g, p = x.shape, self.grid, self.config.patch_size
         patches = self.patches.view(b, g, g, c, p, p)
         patches.copy_(x.view(b, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5))
-        conditional, null = self.tokens.split(b)
         position, weight = (v.expand(b, -1, -1) for v in (self.position, self.patch_weight))
-        torch.baddbmm(position, self.patches, weight, out=conditional)
-        null.copy_(conditional)
+        torch.baddbmm(position, self.patches, weight, out=self.tokens[:b])
+        if self.with_null:
+            self.tokens[b:].copy_(self.tokens[:b])
 
     def _unpatchify(self, patched: Tensor) -> Tensor:
         g, p, c = self.grid, self.config.patch_size, self.out_channels
-        target = self.denoised.view(-1, c, g, p, g, p)
+        target = self.denoised[: len(self.tokens)].view(-1, c, g, p, g, p)
         target.copy_(patched.view(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4))
+        if not self.with_null:
+            self.denoised[self.batch_size :].copy_(self.denoised[: self.batch_size])
         return self.denoised

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from acs_fast.kernels.structures import COLUMNS, Column
 
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
+TINY_VARIANCE = 1e-20  # diffusers' bound; no log variance of the own schedules comes near it
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,32 @@ def linear_alphas_cumprod() -> np.ndarray:
     return np.cumprod(1.0 - betas)
 
 
+class Update(NamedTuple):
+    """A step of any sampler that is linear: x' = from_xstart x0 + from_x x + from_memory m + noise z.
+
+    z is standard normal; m is what `Schedule.memory` says. With a learned-range variance `noise` is a factor
+    of its deviation.
+    """
+
+    from_xstart: float
+    from_x: float
+    noise: float
+    from_memory: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every step of a trajectory, index 0 the image end: its coefficients and its update.
+
+    memory: what an update remembers. `previous`: x0 of the step before (multistep solvers); `raw`: x0 of this
+    step before it was clamped (diffusers' DDIM keeps the denoiser's eps beside a clamped x0); `none`.
+    """
+
+    coefficients: tuple[StepCoefficients, ...]
+    updates: tuple[Update, ...]
+    memory: str = "none"
+
+
 def step_coefficients(num_sampling_steps: int) -> list[StepCoefficients]:
     """The coefficients of every respaced step: index 0 the image end, num_sampling_steps - 1 the noise end.
 
@@ -45,51 +74,68 @@ def step_coefficients(num_sampling_steps: int) -> list[StepCoefficients]:
     stride = (NUM_TRAIN_TIMESTEPS - 1) / (num_sampling_steps - 1)
     timesteps = [round(i * stride) for i in range(num_sampling_steps)]
     a = linear_alphas_cumprod()[timesteps]
-    a_prev = np.append(1.0, a[:-1])
+    return coefficients_at(timesteps, a, np.append(1.0, a[:-1]))
+
+
+def coefficients_at(timesteps: Sequence[int], a: np.ndarray, a_prev: np.ndarray) -> list[StepCoefficients]:
+    """The coefficients of steps from a_t to a_prev, float64 [steps] each, in the order of `timesteps`."""
     beta = 1.0 - a / a_prev
     variance = beta * (1.0 - a_prev) / (1.0 - a)
-    clipped = np.append(variance[1], variance[1:])
+    clipped = np.append(variance[1:2], variance[1:]) if len(variance) > 1 else variance
     mean_x0 = np.sqrt(a_prev) * beta / (1.0 - a)
     mean_xt = np.sqrt(1.0 - beta) * (1.0 - a_prev) / (1.0 - a)
-    columns = (a, a_prev, mean_x0, mean_xt, np.sqrt(variance), np.log(clipped), np.log(beta))
+    logs = (np.log(np.maximum(values, TINY_VARIANCE)) for values in (clipped, beta))
+    columns = (a, a_prev, mean_x0, mean_xt, np.sqrt(variance), *logs)
     return [
         StepCoefficients(t, *map(float, row))
         for t, row in zip(timesteps, np.stack(columns, axis=1), strict=True)
     ]
 
 
+def respaced_schedule(num_sampling_steps: int, *, sampler: str, eta: float, learned_range: bool) -> Schedule:
+    """The steps of `step_coefficients` by DDPM (7), or by DDIM (12) with its eps replaced by (2)."""
+    coefficients = step_coefficients(num_sampling_steps)
+    updates = [ddim_update(c, eta) if sampler == "ddim" else ddpm_update(c) for c in coefficients]
+    if learned_range:
+        updates = [u._replace(noise=float(number > 0)) for number, u in enumerate(updates)]
+    return Schedule(tuple(coefficients), tuple(updates))
+
+
+def ddpm_update(c: StepCoefficients) -> Update:
+    """DDPM (7) with the fixed posterior variance."""
+    return Update(c.posterior_mean_x0, c.posterior_mean_xt, c.sigma)
+
+
+def ddim_update(c: StepCoefficients, eta: float = 0.0) -> Update:
+    """DDIM (12), its eps by (2) solved for x and x0."""
+    a, a_prev, deviation = c.alpha_cumprod, c.alpha_cumprod_prev, eta * c.sigma
+    direction = math.sqrt(max(0.0, 1.0 - a_prev - deviation**2)) / math.sqrt(1.0 - a)
+    return Update(math.sqrt(a_prev) - direction * math.sqrt(a), direction, deviation)
+
+
 def step_table(
-    num_sampling_steps: int,
+    schedule: Schedule,
     *,
     cfg_scale: float,
-    sampler: str,
-    eta: float,
-    learned_range: bool,
     guidance_scale: float,
     trust_radius: str,
     window: tuple[float, float],
     numel: int,
 ) -> Tensor:
-    """Every respaced step's coefficients as the ops read them: fp32 [steps, COLUMNS], row 0 the image end.
+    """Every step's coefficients as the ops read them: fp32 [steps, COLUMNS], row 0 the image end.
 
-    DDPM and DDIM are both linear in (x0, x, noise): DDPM (7) directly, DDIM (12) after (2) replaced its eps.
-    The push of (4) is PUSH + PUSH_PER_EPS ||eps||: one of the two is zero, by the trust radius, and both are
-    outside of the window. numel: elements of a sample.
+    What an update remembers has no column: the engine adds it. The push of (4) is PUSH + PUSH_PER_EPS
+    ||eps||: one of the two is zero, by the trust radius, and both are outside of the window. numel: elements
+    of a sample.
     """
-    rows = np.zeros((num_sampling_steps, COLUMNS), dtype=np.float64)
-    for row, c in zip(rows, step_coefficients(num_sampling_steps), strict=True):
-        a, a_prev = c.alpha_cumprod, c.alpha_cumprod_prev
+    rows = np.zeros((len(schedule.updates), COLUMNS), dtype=np.float64)
+    for row, c, update in zip(rows, schedule.coefficients, schedule.updates, strict=True):
+        a = c.alpha_cumprod
         row[Column.CFG_SCALE] = cfg_scale
         row[Column.INV_SQRT_ALPHA] = 1.0 / math.sqrt(a)
         row[Column.EPS_TO_XSTART] = math.sqrt(1.0 - a) / math.sqrt(a)
-        if sampler == "ddim":
-            deviation = eta * c.sigma
-            direction = math.sqrt(max(0.0, 1.0 - a_prev - deviation**2)) / math.sqrt(1.0 - a)
-            row[Column.FROM_XSTART] = math.sqrt(a_prev) - direction * math.sqrt(a)
-            row[Column.FROM_X], row[Column.NOISE] = direction, deviation
-        else:
-            row[Column.FROM_XSTART], row[Column.FROM_X] = c.posterior_mean_x0, c.posterior_mean_xt
-            row[Column.NOISE] = float(a_prev != 1.0) if learned_range else c.sigma
+        row[Column.FROM_XSTART], row[Column.FROM_X] = update.from_xstart, update.from_x
+        row[Column.NOISE] = update.noise
         row[Column.MIN_LOG_VARIANCE], row[Column.MAX_LOG_VARIANCE] = c.min_log_variance, c.max_log_variance
         if window[0] <= c.timestep / NUM_TRAIN_TIMESTEPS <= window[1]:
             if trust_radius == "sigma":
@@ -146,3 +192,9 @@ def ddim_step(x: Tensor, pred_xstart: Tensor, noise: Tensor, c: StepCoefficients
     eps = predict_eps(x, pred_xstart, c)
     direction = math.sqrt(max(0.0, 1.0 - c.alpha_cumprod_prev - deviation**2))
     return math.sqrt(c.alpha_cumprod_prev) * pred_xstart + direction * eps + deviation * noise
+
+
+def linear_step(x: Tensor, pred_xstart: Tensor, remembered: Tensor, noise: Tensor, update: Update) -> Tensor:
+    """x' = from_xstart x0 + from_x x + from_memory m + noise z: a step of any `Schedule`, [B, C, H, W]."""
+    value = update.from_xstart * pred_xstart + update.from_x * x + update.noise * noise
+    return value + update.from_memory * remembered if update.from_memory else value

@@ -15,6 +15,7 @@ from acs_fast import diffusion
 from acs_fast.attention import Attention
 from acs_fast.config import DistillConfig
 from acs_fast.denoiser import Denoiser
+from acs_fast.diffusion import Schedule
 from acs_fast.graph import capture
 from acs_fast.guidance import Guidance
 from acs_fast.kernels.compose import compose_guidance
@@ -39,6 +40,7 @@ class StepEngine:
     other networks, spaces, repulsion and the full Jacobian take autograd's gradient into `guided_step`.
 
     class_labels: the model's labels of the run's classes, in the order in which they are sampled.
+    schedule: the steps of another sampler than the configuration's, with the fixed variance.
     The model's packed weights move into the engine: afterwards the model cannot be called, except where
     `jacobian="full"` needs it.
     """
@@ -53,20 +55,24 @@ class StepEngine:
         batch_size: int,
         class_labels: Sequence[int],
         attention: Attention,
+        schedule: Schedule | None = None,
     ):
         self.model, self.config, self.ops, self.device = model, config, ops, device
         shape = model.config
         self.shape = (shape.in_channels, shape.input_size, shape.input_size)
         self.batch_size, self.class_labels = batch_size, list(class_labels)
-        self.coefficients = diffusion.step_coefficients(config.num_sampling_steps)
-        self.learned_range = config.sampler == "ddpm" and use_learned_range(model, config)
-        numel = shape.in_channels * shape.input_size**2
-        self.table = diffusion.step_table(
+        self.learned_range = schedule is None and use_learned_range(model, config)
+        self.schedule = schedule or diffusion.respaced_schedule(
             config.num_sampling_steps,
-            cfg_scale=config.cfg_scale,
             sampler=config.sampler,
             eta=config.eta,
             learned_range=self.learned_range,
+        )
+        self.coefficients = self.schedule.coefficients
+        numel = shape.in_channels * shape.input_size**2
+        self.table = diffusion.step_table(
+            self.schedule,
+            cfg_scale=config.cfg_scale,
             guidance_scale=config.guidance_scale,
             trust_radius=config.trust_radius,
             window=config.guidance_window,
@@ -76,10 +82,13 @@ class StepEngine:
         self.denoiser = Denoiser(
             model, ops, attention, timesteps=timesteps, batch_size=batch_size,
             slots=table_slots(model, len(timesteps), batch_size, len(self.class_labels)),
-            with_variance=self.learned_range, pack=config.jacobian != "full",
+            with_variance=self.learned_range, with_null=config.cfg_scale != 1.0,
+            pack=config.jacobian != "full",
         )  # fmt: skip
         self.timesteps = torch.tensor(timesteps, device=device)[:, None].repeat(1, 2 * batch_size)
         self.x = torch.zeros(batch_size, *self.shape, device=device)
+        remembers = self.schedule.memory != "none"  # x0 of this step, and what the update adds of one
+        self.xstart, self.memory = (torch.zeros_like(self.x) if remembers else None for _ in range(2))
         # labels and table rows of both branches, noise indices, discriminator targets: written by one copy
         self.staging = torch.zeros(6, batch_size, dtype=torch.long, pin_memory=device.type == "cuda")
         self.inputs = torch.zeros(6, batch_size, dtype=torch.long, device=device)
@@ -88,14 +97,14 @@ class StepEngine:
         self.written = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         self.seed = torch.tensor([config.seed], device=device)
         # a pair each, so that every step's number lies on 16 bytes: Triton compiles per alignment
-        numbers = [*range(config.num_sampling_steps), diffusion.NUM_TRAIN_TIMESTEPS]
+        numbers = [*range(len(timesteps)), diffusion.NUM_TRAIN_TIMESTEPS]
         self.steps = torch.tensor(numbers, device=device)[:, None].repeat(1, 2)
         self.loaded: Guidance | None = None  # the last that `load` took
         self.guidance: Guidance | None = None  # static copies: `load` writes into them
         self.network: Network | None = None
         self.workspace: Workspace | None = None
         self.guided, self.composed = False, False
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # guided, of given latents
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @property
@@ -135,28 +144,35 @@ class StepEngine:
             if self.guidance.earlier is not None and guidance.earlier is not None:
                 self.guidance.earlier.copy_(guidance.earlier)
 
-    def denoise(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    def denoise(
+        self, class_labels: Tensor, indices: Tensor, targets: Tensor, latents: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """A batch from noise to images: yields x [n, C, H, W], a view of one buffer, `yields` times.
 
         class_labels, indices: int64 [n] on the host, the noise's key with the seed and the step; n is at most
         the engine's batch size. targets: int64 [n], the discriminator's label of each sample.
+        latents: [n, C, H, W], the noise to start from; default: the keyed one.
         """
         if self.device.type != "cuda":
-            yield from self.walk(class_labels, indices, targets)
+            yield from self.walk(class_labels, indices, targets, latents)
             return
-        self._write(class_labels, indices, targets)
-        if self.guided not in self.graphs:
-            self.graphs[self.guided] = self._capture(self.guided)
-        self.graphs[self.guided].replay()
+        self._write(class_labels, indices, targets, latents)
+        kind = (self.guided, latents is not None)
+        if kind not in self.graphs:
+            self.graphs[kind] = self._capture(*kind)
+            self._write(class_labels, indices, targets, latents)  # the warm-up walked on x
+        self.graphs[kind].replay()
         yield self.x[: len(class_labels)]
 
-    def walk(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        """The same without a graph, step by step on any device."""
-        self._write(class_labels, indices, targets)
-        for x in self._trajectory(self.guided):
+    def walk(
+        self, class_labels: Tensor, indices: Tensor, targets: Tensor, latents: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The same without a graph, step by step on any device; x may be written to between two steps."""
+        self._write(class_labels, indices, targets, latents)
+        for x in self._trajectory(self.guided, latents is not None):
             yield x[: len(class_labels)]
 
-    def _write(self, class_labels: Tensor, indices: Tensor, targets: Tensor) -> None:
+    def _write(self, class_labels: Tensor, indices: Tensor, targets: Tensor, latents: Tensor | None) -> None:
         n = len(class_labels)
         if not 0 < n <= self.batch_size:
             raise ValueError(f"a batch of {n} images: the engine was made for 1 to {self.batch_size}")
@@ -172,32 +188,38 @@ class StepEngine:
         self.inputs.copy_(self.staging, non_blocking=True)
         if self.written is not None:
             self.written.record()
+        if latents is not None:
+            self.x[:n], self.x[n:] = latents, latents[-1]
 
-    def _capture(self, guided: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self, guided: bool, given: bool) -> torch.cuda.CUDAGraph:
         """The graph of a trajectory; `warm_up` runs one step of each kind that the trajectory has."""
         kinds = {guided and self._active(step): step for step in range(len(self.coefficients))}
 
         def warm_up() -> None:
             for _ in range(2):
-                self._start()
+                self._start(given)
                 for step in kinds.values():
                     self._step(step, guided)
 
         def trajectory() -> None:
-            for _ in self._trajectory(guided):
+            for _ in self._trajectory(guided, given):
                 pass
 
         return capture(trajectory, warm_up, self.pool)
 
-    def _trajectory(self, guided: bool) -> Iterator[Tensor]:
-        """Every launch of a batch, in an order that no value decides."""
-        self._start()
+    def _trajectory(self, guided: bool, given: bool) -> Iterator[Tensor]:
+        """Every launch of a batch, in an order that no value decides; given: x holds the noise already."""
+        self._start(given)
         for step in reversed(range(len(self.coefficients))):
             self._step(step, guided)
             yield self.x
 
     @torch.no_grad()
-    def _start(self) -> None:
+    def _start(self, given: bool) -> None:
+        if self.memory is not None:
+            self.memory.zero_()
+        if given:
+            return
         labels = self.labels[: self.batch_size]
         self.ops.philox_normal(
             labels, self.indices, self.seed, self.steps[-1, :1], shape=self.shape, out=self.x
@@ -210,8 +232,9 @@ class StepEngine:
     @torch.no_grad()
     def _step(self, step: int, guided: bool) -> None:
         """One step in place: the denoiser, then (1) to (4)."""
+        cfg_channels = min(self.config.cfg_channels or self.shape[0], self.shape[0])
         keywords = {
-            "cfg_channels": min(self.config.cfg_channels or self.shape[0], self.shape[0]),
+            "cfg_channels": cfg_channels,
             "clip": bool(self.config.clip_denoised),
             "learned_range": self.learned_range,
             "out": self.x,
@@ -224,6 +247,7 @@ class StepEngine:
             denoised, gradient = self._autograd(step)
         else:
             denoised = self.denoiser(self.x, step, self.rows)
+        self._predict(step, denoised, cfg_channels)
         if guided and self.network is not None and self.guidance is not None:
             self._guide(
                 self.x, denoised, labels, self.indices, self.targets, *tables, self.network,
@@ -233,6 +257,23 @@ class StepEngine:
             )  # fmt: skip
         else:
             self.ops.guided_step(self.x, denoised, labels, self.indices, *tables, gradient, **keywords)
+        self._remember(step)
+
+    def _predict(self, step: int, denoised: Tensor, cfg_channels: int) -> None:
+        """x0 of this step, where the schedule remembers it, from x before the step replaces it."""
+        if self.xstart is not None:
+            clip = self.schedule.memory == "previous" and bool(self.config.clip_denoised)
+            self.ops.pred_xstart(
+                self.x, denoised, self.steps[step, :1], self.table,
+                cfg_channels=cfg_channels, clip=clip, out=self.xstart,
+            )  # fmt: skip
+
+    def _remember(self, step: int) -> None:
+        """Add from_memory m to x, and keep x0 for the next step."""
+        if self.xstart is not None and self.memory is not None:
+            remembered = self.memory if self.schedule.memory == "previous" else self.xstart
+            self.x.add_(remembered, alpha=self.schedule.updates[step].from_memory)
+            self.memory.copy_(self.xstart)
 
     def _guide(self, *tensors: Any, **keywords: Any) -> None:
         """`discriminator_guidance`; composed of single ops, said once, where its kernel refuses the shape."""

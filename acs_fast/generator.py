@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from acs_fast import attention
 from acs_fast.compiled import compile_ops, is_compiled
 from acs_fast.config import DistillConfig, InputError
+from acs_fast.diffusion import Schedule
 from acs_fast.engine import StepEngine, table_bytes, table_slots
 from acs_fast.guidance import Guidance
 from acs_fast.models.checkpoint import digest
@@ -34,9 +35,15 @@ class ImageGenerator:
     part by measurement (`choose`): kept in the run's record, it continues and repeats the run as it was.
     """
 
-    def __init__(self, config: DistillConfig, device: torch.device, networks: Networks | None = None):
-        """networks: default, those that the configuration names."""
-        self.device = device
+    def __init__(
+        self,
+        config: DistillConfig,
+        device: torch.device,
+        networks: Networks | None = None,
+        schedule: Schedule | None = None,
+    ):
+        """networks, schedule: default, those that the configuration names."""
+        self.device, self.schedule = device, schedule
         self.ops = select(parse_choice(config.backend), device)
         self.networks = networks or load_networks(config, device)
         self.model, self.vae, self.seen_by = (
@@ -91,6 +98,7 @@ class ImageGenerator:
         self.engine = StepEngine(
             self.model, self.config, self.ops, self.device,
             batch_size=batch_size, class_labels=class_labels, attention=self.attention,
+            schedule=self.schedule,
         )  # fmt: skip
 
     def check_memory(self, batch_size: int, num_classes: int) -> None:
@@ -115,7 +123,12 @@ class ImageGenerator:
         return max(0, int(0.9 * available)) // bytes_per_image(self.shape, self.dtype, self.config.jacobian)
 
     def denoise(
-        self, class_labels: Tensor, indices: Tensor, targets: Tensor, guidance: Guidance | None
+        self,
+        class_labels: Tensor,
+        indices: Tensor,
+        targets: Tensor,
+        guidance: Guidance | None,
+        latents: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """A batch's samples [n, C, H, W], again and again as the steps go on; the last is the result.
 
@@ -123,29 +136,36 @@ class ImageGenerator:
         A yielded tensor may be overwritten by the next step or batch.
         """
         if self.engine is None:
-            yield from self._walk(class_labels, indices, targets, guidance)
+            yield from self.walk(class_labels, indices, targets, guidance, latents)
             return
         if guidance is not self.engine.loaded:
             self.engine.load(guidance)
-        yield from self.engine.denoise(class_labels, indices, targets)
+        yield from self.engine.denoise(class_labels, indices, targets, latents)
 
-    def _walk(
-        self, class_labels: Tensor, indices: Tensor, targets: Tensor, guidance: Guidance | None
+    def walk(
+        self,
+        class_labels: Tensor,
+        indices: Tensor,
+        targets: Tensor,
+        guidance: Guidance | None,
+        latents: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """`denoise`, but one yield for every step on any device."""
         if self.engine is not None:
             self.engine.load(guidance)
-            yield from self.engine.walk(class_labels, indices, targets)
+            yield from self.engine.walk(class_labels, indices, targets, latents)
             return
         labels, indices, targets = (t.to(self.device) for t in (class_labels, indices, targets))
-        yield from denoise(self.model, labels, indices, self.config, guidance, targets)
+        yield from denoise(
+            self.model, labels, indices, self.config, guidance, targets, self.schedule, latents
+        )
 
     def first_non_finite(
         self, class_labels: Tensor, indices: Tensor, targets: Tensor, guidance: Guidance | None
     ) -> tuple[int, int] | None:
         """(row, step) where a batch first is not finite, found by sampling it once more; None if it is."""
         steps = reversed(range(self.config.num_sampling_steps))
-        walk = self._walk(class_labels, indices, targets, guidance)
+        walk = self.walk(class_labels, indices, targets, guidance)
         for step, x in zip(steps, walk, strict=True):
             finite = torch.isfinite(x).flatten(1).all(dim=1)
             if not finite.all():
@@ -163,7 +183,7 @@ class ImageGenerator:
         The mean of those that go into 0.2 seconds, of one at least and ten at most.
         """
         labels, seconds, started = torch.full((batch_size,), class_label), [], time.perf_counter()
-        for _ in itertools.islice(self._walk(labels, labels, labels, None), 11):
+        for _ in itertools.islice(self.walk(labels, labels, labels, None), 11):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - started)

@@ -131,8 +131,14 @@ def trace(engine: StepEngine, guided: bool) -> list[list[Any]]:
     steps: list[list[Any]] = []
     with torch.no_grad(), NoConstants(), Trace(engine.device) as mode:
         start = engine._start
-        engine._start = lambda: (start(), steps.append(mode.operations[:]), mode.operations.clear())  # type: ignore[method-assign]
-        for _ in engine._trajectory(guided):
+
+        def begin(given: bool) -> None:
+            start(given)
+            steps.append(mode.operations[:])
+            mode.operations.clear()
+
+        engine._start = begin  # type: ignore[method-assign]
+        for _ in engine._trajectory(guided, False):
             steps.append(mode.operations[:])
             mode.operations.clear()
         engine._start = start  # type: ignore[method-assign]

@@ -72,7 +72,7 @@ def started(engine: StepEngine, items: list[Item]) -> Tensor:
     """The noise that a batch starts from, with its padding."""
     labels, indices = torch.tensor(items).unbind(1)
     engine._write(labels, indices, labels)
-    engine._start()
+    engine._start(False)
     return engine.x.clone()
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from acs_fast.diffusion import step_table
+from acs_fast.diffusion import respaced_schedule, step_table
 from acs_fast.kernels import reference
 from acs_fast.kernels.structures import Block, Head, Network, Saved
 
@@ -143,11 +143,8 @@ def _keys(m: Maker, B: int) -> tuple[Tensor, ...]:
 
 def _table(m: Maker, numel: int, sampler: str, radius: str, learned_range: bool) -> Tensor:
     table = step_table(
-        STEPS,
+        respaced_schedule(STEPS, sampler=sampler, eta=0.3, learned_range=learned_range),
         cfg_scale=1.7,
-        sampler=sampler,
-        eta=0.3,
-        learned_range=learned_range,
         guidance_scale=0.3,
         trust_radius=radius,
         window=(0.0, 1.0),
