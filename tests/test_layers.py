@@ -28,7 +28,7 @@ ORDER = [
     ["images"],
     ["shards", "writer", "environment", "attention", "linear", "plan", "networks"],
     ["graph"],
-    ["ops", "testing"],
+    ["ops", "testing", "schedulers"],
     ["augment", "diffusion"],
     ["models"],
     ["data"],
