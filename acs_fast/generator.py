@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acs_fast import attention
 from acs_fast.compiled import compile_ops, is_compiled
 from acs_fast.config import DistillConfig, InputError
-from acs_fast.diffusion import Schedule
+from acs_fast.diffusion import Schedule, StepCoefficients, step_coefficients
 from acs_fast.engine import StepEngine, table_bytes, table_slots
 from acs_fast.guidance import Guidance
 from acs_fast.models.checkpoint import digest
@@ -106,8 +106,9 @@ class ImageGenerator:
         available = available_memory(self.device)
         if available is None or self.config.backend == "reference":
             return
-        slots = table_slots(self.model, self.config.num_sampling_steps, batch_size, num_classes)
-        available -= slots * table_bytes(self.model, self.config.num_sampling_steps)
+        steps = len(self.coefficients)
+        slots = table_slots(self.model, steps, batch_size, num_classes)
+        available -= slots * table_bytes(self.model, steps)
         if batch_size > (fits := self.fitting_batch_size(available)):
             raise InputError(out_of_memory(batch_size, fits))
 
@@ -164,7 +165,7 @@ class ImageGenerator:
         self, class_labels: Tensor, indices: Tensor, targets: Tensor, guidance: Guidance | None
     ) -> tuple[int, int] | None:
         """(row, step) where a batch first is not finite, found by sampling it once more; None if it is."""
-        steps = reversed(range(self.config.num_sampling_steps))
+        steps = reversed(range(len(self.coefficients)))
         walk = self.walk(class_labels, indices, targets, guidance)
         for step, x in zip(steps, walk, strict=True):
             finite = torch.isfinite(x).flatten(1).all(dim=1)
@@ -175,7 +176,14 @@ class ImageGenerator:
     @property
     def yields(self) -> int:
         """How often `denoise` yields for a batch."""
-        return self.config.num_sampling_steps if self.engine is None else self.engine.yields
+        return len(self.coefficients) if self.engine is None else self.engine.yields
+
+    @property
+    def coefficients(self) -> Sequence[StepCoefficients]:
+        """Of every step, the image end first."""
+        if self.schedule is not None:
+            return self.schedule.coefficients
+        return step_coefficients(self.config.num_sampling_steps)
 
     def seconds_per_step(self, batch_size: int, class_label: int) -> float:
         """Wall-clock seconds of an unguided step of a full batch, after a first one that fills tables.

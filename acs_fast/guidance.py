@@ -93,10 +93,7 @@ class Guidance:
 
     def direction(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
         """g / ||g|| per sample (4), zero where g is: [B, C, H, W]; arguments as in `gradient`."""
-        g = self.gradient(x, pred_xstart, class_labels, clip)
-        tiny = torch.finfo(g.dtype).tiny
-        g = g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)  # the squares must not underflow
-        return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+        return unit(self.gradient(x, pred_xstart, class_labels, clip))
 
     def gradient(self, x: Tensor, pred_xstart: Tensor, class_labels: Tensor, clip: bool = False) -> Tensor:
         """g of (3): [B, C, H, W] in the dtype of x.
@@ -134,6 +131,13 @@ class Guidance:
             return torch.full_like(eps[:, :1, :1, :1], self.scale * c.sigma * math.sqrt(eps[0].numel()))
         norm = torch.linalg.vector_norm(eps, dim=(1, 2, 3), keepdim=True)
         return self.scale * math.sqrt(1.0 - c.alpha_cumprod) * norm
+
+
+def unit(g: Tensor) -> Tensor:
+    """g / ||g|| of each sample, zero where g is: [B, C, H, W]."""
+    tiny = torch.finfo(g.dtype).tiny
+    g = g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)  # the squares must not underflow
+    return g / torch.linalg.vector_norm(g, dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
 
 
 def _logits(network: nn.Module, z: Tensor) -> Tensor:

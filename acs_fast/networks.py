@@ -17,7 +17,7 @@ from acs_fast.models.vae import VAE, check_fits, load_vae
 
 VAE_DEFAULT = "stabilityai/sd-vae-ft-mse"
 LARGE = 512  # hidden size from which a model is worth measurements, and batches are bounded
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass

@@ -111,4 +111,4 @@ def random_vae(tiny: bool, model: DiT) -> VAE | None:
     module = module.to(device)
     if device.type == "cuda":  # as `load_vae` has it
         module = module.to(vae_dtype(model)).to(memory_format=torch.channels_last)
-    return VAE(module)
+    return VAE(module.eval().requires_grad_(False))

@@ -34,7 +34,9 @@ def option(default: Any, text: str, choices: tuple[str, ...] = (), cli: bool = T
 def dtype_option() -> Any:
     """The setting as `distill` and `bench` have it; so the next three."""
     return option(
-        "auto", "the denoiser's; auto: bf16 where its linears are faster in it", ("auto", "bf16", "fp32")
+        "auto",
+        "the denoiser's; auto: bf16 where its linears are faster in it, else fp32",
+        ("auto", "bf16", "fp16", "fp32"),
     )
 
 

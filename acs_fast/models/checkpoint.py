@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,7 +20,9 @@ from acs_fast.data import imagenet_classes
 from acs_fast.models.diffusers_format import (
     WEIGHTS,
     Layout,
+    diffusers_layout,
     part_folder,
+    read_dit_config,
     read_folder,
     read_json,
     weight_files,
@@ -163,6 +166,30 @@ def load_checkpoint(
     layout = layout or Layout({name: (name,) for name in shapes})
     _check_shapes(path, weights, layout, shapes)
     model.load_state_dict(_read_state(path, weights, layout, shapes, dtype), strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def from_transformer(transformer: Any) -> DiT:
+    """The DiT of a diffusers `DiTTransformer2DModel`: its own tensors, but for copies of the fused QKV.
+
+    It is on the transformer's device and in its dtype, in eval mode and without gradients; the transformer
+    stays as it is. The embedders of the first block stand for those of all, which checkpoints repeat.
+    Raises InputError for a transformer that is no DiT.
+    """
+    config = read_dit_config(transformer.config, "the transformer's configuration")
+    if config.num_classes == 1000:
+        config = dataclasses.replace(config, classes=imagenet_classes())
+    layout, stored = diffusers_layout(config), dict(transformer.named_parameters())
+    with torch.device("meta"):
+        model = DiT(config)
+    state = {}
+    for name, parts in layout.parts.items():
+        found = [stored[part].detach() for part in parts]
+        state[name] = found[0] if len(found) == 1 else torch.cat(found)
+    some = next(iter(state.values()))
+    for name, (_, value) in layout.constants.items():
+        state[name] = value.to(some.device, some.dtype)
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -81,7 +81,7 @@ def read_folder(path: Path) -> tuple[Weights, DiTConfig, Layout]:
             f"folder {path} holds no model in diffusers format: {path}/transformer/config.json is missing; "
             "give a pipeline's folder, its transformer folder or a checkpoint file"
         )
-    config = _diffusers_config(folder / "config.json")
+    config = read_dit_config(read_json(folder / "config.json"), str(folder / "config.json"))
     scheduler = path / "scheduler" / "scheduler_config.json"
     if folder != path and scheduler.is_file():
         check_scheduler(scheduler)
@@ -93,12 +93,14 @@ def read_folder(path: Path) -> tuple[Weights, DiTConfig, Layout]:
         {name: file for part in lists for name, file in part.files.items()},
         {name: shape for part in lists for name, shape in part.shapes.items()},
     )
-    return weights, config, _diffusers_layout(config)
+    return weights, config, diffusers_layout(config)
 
 
-def _diffusers_config(file: Path) -> DiTConfig:
-    """The DiTConfig of a `DiTTransformer2DModel`, as diffusers 0.36 to 0.42 runs it."""
-    stored = read_json(file)
+def read_dit_config(stored: Mapping[str, Any], file: str) -> DiTConfig:
+    """The DiTConfig of a `DiTTransformer2DModel`, as diffusers 0.36 to 0.42 runs it.
+
+    stored: its settings. file: where they stand, for the sentence of an InputError.
+    """
     name = stored.get("_class_name", "DiTTransformer2DModel")
     if name not in ("DiTTransformer2DModel", "Transformer2DModel"):  # the second: what it was until 0.28
         raise InputError(f"{file} describes a {name}, not a DiT; give a DiT's folder")
@@ -126,7 +128,7 @@ def _diffusers_config(file: Path) -> DiTConfig:
         raise InputError(f"{file} describes no DiT that can be run ({error}); give another model") from error
 
 
-def _diffusers_layout(config: DiTConfig) -> Layout:
+def diffusers_layout(config: DiTConfig) -> Layout:
     """diffusers' tensor of every official parameter: its `scripts/convert_dit_to_diffusers.py` backwards."""
     first = "transformer_blocks.0.norm1.emb"
     modules: dict[str, tuple[str, ...]] = {

@@ -20,7 +20,7 @@ ENCODER = ("encoder.", "quant_conv.")  # where the names of its parameters begin
 
 
 class VAE:
-    """A frozen VAE: latents [B, C, h, w] as the DiT makes them to images [B, 3, factor h, factor w] and back.
+    """A VAE, which stays as it is given: latents [B, C, h, w] as the DiT makes them to images [B, 3, factor h, factor w] and back.
 
     images = decoder(latents / scaling_factor + shift_factor), in about [-1, 1];
     latents = (encoder(images) - shift_factor) * scaling_factor, the mean of the posterior. `AutoencoderKL` of
@@ -28,7 +28,7 @@ class VAE:
     """
 
     def __init__(self, module: Any, budget: int | None = None):
-        self.module = module.eval().requires_grad_(False)
+        self.module = module
         settings, parameter = module.config, next(module.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self.budget = budget or BUDGET.get(self.device.type, BUDGET["cpu"])
@@ -101,7 +101,7 @@ class VAE:
         return out
 
     def decode_differentiable(self, latents: Tensor) -> Tensor:
-        """As `decode`, all at once and with the gradient to the latents; no parameter has one."""
+        """As `decode`, all at once and with the gradient to the latents."""
         z = (latents.to(self.device) / self.scaling_factor + self.shift_factor).to(self.dtype)
         return self.module.decode(self._layout(z), return_dict=False)[0]
 
@@ -168,7 +168,7 @@ def load_vae(
         )
     if not encoder:
         module.encoder = module.quant_conv = None
-    module = module.to(device)
+    module = module.to(device).eval().requires_grad_(False)
     if device.type == "cuda":
         module = module.to(memory_format=torch.channels_last)
     return VAE(module, budget)

@@ -1,0 +1,256 @@
+"""diffusers' `DiTPipeline` on the engine, with ACS guidance: the same call, the same output."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acs_fast.backends import Backend, get_backend
+from acs_fast.config import DistillConfig, InputError
+from acs_fast.models.checkpoint import from_transformer
+from acs_fast.models.vae import VAE
+from acs_fast.networks import LARGE, Networks, dtype_name
+from acs_fast.parts import Discriminator
+from acs_fast.plan import curriculum_ranges
+from acs_fast.schedulers import clips, read_schedule
+
+try:
+    from diffusers import DiTPipeline
+    from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError("accelerate and ACSPipeline need diffusers: pip install 'acs-fast[diffusers]'") from error
+
+OBJECTIVES = ("adversarial", "nonsaturating")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+BATCH_SIZES, SMALL_BATCH_SIZE = {"cuda": 66, "cpu": 8}, 100  # images that are sampled together at most
+NOISE_KEYS = 1 << 32  # of an image's own noise
+
+Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
+
+
+def accelerate(pipe: Any, *, backend: str = "fast", attention: str = "auto") -> ACSPipeline:
+    """An `ACSPipeline` of a diffusers `DiTPipeline`'s transformer, VAE, scheduler and labels.
+
+    backend: as `get_backend` takes it. attention: `auto` (the fastest at the engine's shape), `cudnn`, `flash`,
+    `efficient`, `math` or `xformers`. The pipeline that is given stays as it is: weights are shared with it
+    where their layout is the engine's and copied where it is not, the scheduler is a copy.
+    Raises InputError for another pipeline, and for a scheduler that cannot be served.
+    """
+    if not isinstance(pipe, DiTPipeline):
+        raise InputError(f"accelerate takes a diffusers DiTPipeline, this is a {type(pipe).__name__}")
+    read_schedule(pipe.scheduler, 2)
+    names: dict[int, list[str]] = {}
+    for name, number in pipe.labels.items():
+        names.setdefault(number, []).append(name)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    id2label = {number: ", ".join(found) for number, found in sorted(names.items())}
+    made = ACSPipeline(pipe.transformer, pipe.vae, scheduler, id2label or None)
+    made.backend_name, made.attention = backend, attention
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made
+
+
+class ACSPipeline(DiTPipeline):  # type: ignore[misc]
+    """`DiTPipeline` on the engine: the same arguments and output, and ACS guidance beside them.
+
+    It is saved as a `DiTPipeline`, which diffusers loads without this package, and `from_pretrained` loads
+    any of those. The engine is made by the first call and kept as long as batch size, steps, scale, scheduler
+    and weights stay as they are.
+
+    Differences to diffusers: latents stay in fp32 beside a transformer in 16 bits; with a stochastic scheduler
+    the noise of an image hangs on its own key, which `generator` draws after the latents, and neither on its
+    neighbours nor on how a call is cut into batches; the null label is the one after the last class, which
+    diffusers takes to be 1000.
+    """
+
+    backend_name = "fast"
+    attention = "auto"
+
+    def __init__(self, transformer: Any, vae: Any, scheduler: Any, id2label: dict[int, str] | None = None):
+        super().__init__(transformer, vae, scheduler, id2label)
+        if id2label is not None:
+            self.register_to_config(id2label=id2label)
+        self._backend: Backend | None = None
+        self._prepared: tuple[Any, ...] = ()
+
+    def to_json_string(self) -> str:
+        """The configuration as `DiTPipeline` writes it."""
+        settings = json.loads(super().to_json_string())
+        return json.dumps({**settings, "_class_name": "DiTPipeline"}, indent=2, sort_keys=True) + "\n"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        curricula: int = 1,
+        discriminator: str | Discriminator | None = None,
+        objective: str = "adversarial",
+        adversarial_scale: float = 0.15,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Images of `class_labels`, as `DiTPipeline` makes them, or steered by ACS.
+
+        guidance_scale: of classifier-free guidance; 1 and less sample the conditional model, in half the time.
+        generator: draws the latents as diffusers does, one for all images or one each.
+        output_type: `pil`, `np`, `pt` or `latent`, the scaled latents.
+
+        curricula: the images of each class are sampled in so many parts; before each but the first a
+        discriminator is trained on what exists. discriminator: its network's name (default `convnet-3`); or a
+        fitted `Discriminator`, which steers every image of the call. adversarial_scale: length of a push in
+        trust radii; 0 pushes nothing. objective: `adversarial` or `nonsaturating`; METHOD's (3) and (4).
+        callback_on_step_end: called with (pipe, step, timestep, {"latents": x}) after each step of each batch;
+        the latents of the dict that it returns replace x.
+
+        Returns an `ImagePipelineOutput`, or a tuple of the images alone. Raises InputError for labels out of
+        range, for a discriminator of another latent shape, and for what cannot be served.
+        """
+        labels = self._check(class_labels, output_type, objective, callback_on_step_end_tensor_inputs)
+        fitted = discriminator if isinstance(discriminator, Discriminator) else None
+        if fitted is not None and curricula > 1:
+            raise InputError("curricula train their discriminators: give a network's name, or curricula=1")
+        parts = _curricula(labels, curricula)
+        settings: dict[str, Any] = {
+            "cfg_scale": max(1.0, float(guidance_scale)),
+            "objective": objective,
+            "guidance_scale": float(adversarial_scale),
+            "discriminator": discriminator if isinstance(discriminator, str) else "convnet-3",
+        }
+        classes = list(dict.fromkeys(labels)) if fitted is None else list(fitted.class_labels)
+        latents, keys = self._draw(len(labels), generator)
+        widest = max(map(len, parts))
+        backend = self._prepare(settings, classes, widest, num_inference_steps)
+        targets = self._targets(labels, fitted)
+        network = None if fitted is None or not adversarial_scale else fitted.network
+        class_labels_, samples = torch.tensor(labels), torch.empty_like(latents)
+        with self.progress_bar(total=len(parts)) as progress:
+            for number, rows in enumerate(parts):
+                if number and adversarial_scale:
+                    done = torch.cat(parts[:number])
+                    network = backend.fit(samples[done], targets[done], seed=number)
+                samples[rows] = backend.sample(
+                    class_labels_[rows], keys[rows], network, targets=targets[rows], latents=latents[rows],
+                    on_step=self._on_step(callback_on_step_end),
+                )  # fmt: skip
+                progress.update()
+        images = samples if output_type == "latent" else self._decode(backend, samples, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check(
+        self, class_labels: Any, output_type: str | None, objective: str, inputs: Sequence[str]
+    ) -> list[int]:
+        labels = [int(label) for label in class_labels]
+        known = self.transformer.config.num_embeds_ada_norm
+        wrong = [label for label in labels if not 0 <= label < known]
+        if wrong or not labels:
+            found = f"class label {wrong[0]}" if wrong else "an empty list of class labels"
+            raise InputError(f"{found}: this model's are 0 to {known - 1}; get_label_ids knows them by name")
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type is {output_type!r}, it must be one of {', '.join(OUTPUT_TYPES)}")
+        if objective not in OBJECTIVES:
+            raise InputError(
+                f"objective is {objective!r}, a pipeline takes {' or '.join(OBJECTIVES)}; those that need real "
+                "images are `distill`'s"
+            )
+        if unknown := [name for name in inputs if name != "latents"]:
+            raise InputError(f"callback_on_step_end_tensor_inputs holds {unknown[0]!r}; there is 'latents'")
+        return labels
+
+    def _draw(self, count: int, generator: Any) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, H, W] as diffusers draws them, then each image's key, int64 [n] on the CPU."""
+        config, device = self.transformer.config, self._execution_device
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        generators = generator if isinstance(generator, list) else [generator] * count
+        keys = [
+            torch.randint(NOISE_KEYS, (), generator=g, device=device if g is None else g.device)
+            for g in generators
+        ]
+        return latents.float(), torch.stack(keys).cpu()
+
+    def _prepare(self, settings: dict[str, Any], classes: list[int], images: int, steps: int) -> Backend:
+        """The backend, ready for batches of such images; made anew where anything it hangs on has changed."""
+        schedule = read_schedule(self.scheduler, steps)
+        transformer = self.transformer
+        if hasattr(transformer, "_hf_hook"):
+            raise InputError("the transformer is offloaded to the host; move the pipeline with .to('cuda')")
+        large = transformer.config.num_attention_heads * transformer.config.attention_head_dim >= LARGE
+        device = torch.device(self._execution_device)
+        most = BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"]) if large else SMALL_BATCH_SIZE
+        batch_size = -(-images // -(-images // most))
+        weights = tuple((p.data_ptr(), p._version) for p in transformer.parameters())
+        key = (
+            schedule, settings, tuple(sorted(classes)), batch_size, self.backend_name, self.attention, weights,
+        )  # fmt: skip
+        if self._backend is None or self._prepared != key:
+            self._backend = None  # its memory first
+            model, backend = from_transformer(transformer), get_backend(self.backend_name)
+            config = dataclasses.replace(
+                DistillConfig(),
+                ipc=1, num_curricula=1, device=device.type, dtype=dtype_name(transformer.dtype),
+                attention=self.attention, clip_denoised=clips(self.scheduler), **settings,
+            )  # fmt: skip
+            networks = Networks(model, VAE(self.vae), None)
+            backend.prepare(
+                config, networks, class_labels=classes, batch_size=batch_size, schedule=schedule
+            )
+            self._backend, self._prepared = backend, key
+        return self._backend
+
+    def _targets(self, labels: list[int], fitted: Discriminator | None) -> Tensor:
+        if fitted is None:
+            places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+            return torch.tensor([places[label] for label in labels])
+        config = self.transformer.config
+        fitted.check_shape((config.in_channels, config.sample_size, config.sample_size))
+        return fitted.targets(torch.tensor(labels)).cpu()
+
+    def _on_step(self, callback: Callback | None) -> Callable[[int, int, Tensor], None] | None:
+        if callback is None:
+            return None
+
+        def on_step(step: int, timestep: int, x: Tensor) -> None:
+            returned = callback(self, step, timestep, {"latents": x}) or {}
+            if (latents := returned.get("latents", x)) is not x:
+                x.copy_(latents)
+
+        return on_step
+
+    def _decode(self, backend: Backend, samples: Tensor, output_type: str | None) -> Any:
+        images = (backend.decode(samples) / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        pixels = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+
+def _curricula(labels: Sequence[int], curricula: int) -> list[Tensor]:
+    """The rows of each curriculum, int64: equal parts of every class, in the order of the labels."""
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    fewest = min(rows, key=lambda label: len(rows[label]))
+    if not 1 <= curricula <= len(rows[fewest]):
+        raise InputError(
+            f"curricula is {curricula}, and class {fewest} has {len(rows[fewest])} images; every curriculum "
+            "needs one of each class"
+        )
+    ranges = [(found, curriculum_ranges(len(found), curricula)) for found in rows.values()]
+    return [
+        torch.tensor(sorted(found[place] for found, parts in ranges for place in parts[number]))
+        for number in range(curricula)
+    ]
