@@ -1,4 +1,4 @@
-"""What an implementation of ACS answers: the `Backend` protocol, its two here, and those of other packages."""
+"""What an implementation of ACS answers: the `Backend` protocol, the two here, those of other packages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from acs_fast.plan import cut
 GROUP = "acs.backends"  # of entry points: NAME = "package.module:Class"
 METHODS = ("prepare", "sample", "fit", "guidance_gradient", "decode")
 
-OnStep = Callable[[int, int, Tensor], None]  # step from 0, timestep, x [n, C, H, W], which it may change in place
+OnStep = Callable[
+    [int, int, Tensor], None
+]  # step from 0, timestep, x [n, C, H, W], which it may change in place
 
 
 class Backend(Protocol):
@@ -52,6 +54,7 @@ class Backend(Protocol):
     ) -> None:
         """Make a model ready to sample `class_labels`, `batch_size` images together.
 
+        Others can be sampled too, as many different ones in a batch, where `sample` is told the targets.
         networks: the model and its VAE; default: those that the configuration names. schedule: the steps of
         another sampler than the configuration's. Raises InputError for what cannot be served.
         """
@@ -68,7 +71,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """Samples of any number of images: a curriculum, or a part of it.
 
-        discriminator: what steers them by equations (3) and (4), of one architecture ever; None: nothing does.
+        discriminator: steers them by equations (3) and (4), of one architecture ever; None: nothing does.
         latents: [n, C, H, W], the noise to start from; default: keyed. on_step: called after every step.
         """
 
@@ -146,6 +149,7 @@ class Reference:
         """Of every step, the noise end first."""
         return [c.timestep for c in reversed(self.generator.coefficients)]
 
+    @torch.enable_grad()
     def fit(
         self, samples: Tensor, targets: Tensor, *, seed: int = 0, previous: nn.Module | None = None
     ) -> nn.Module:
@@ -170,7 +174,7 @@ class Reference:
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _batches(self, samples: Tensor, targets: Tensor, seed: int) -> Any:
-        """Endless batches as `distill` trains on: crops of images, shifts of latents; grey ones not mirrored."""
+        """Endless batches as `distill` trains on: crops of images, shifts of latents; no mirrored digits."""
         pixels = self.generator.vae is None or self.generator.seen_by is not None
         return permuted(
             self.generator.seen(samples),
@@ -193,7 +197,7 @@ class Reference:
 
 
 class Fast(Reference):
-    """ACS on the engine: static buffers, fused kernels, on CUDA a graph of a trajectory and of a training step."""
+    """ACS on the engine: static buffers, fused kernels, on CUDA graphs of trajectories and training steps."""
 
     kernels = "auto"
 
@@ -201,6 +205,7 @@ class Fast(Reference):
         super().prepare(*args, **keywords)
         self.trainer: Trainer | None = None
 
+    @torch.enable_grad()
     def fit(
         self, samples: Tensor, targets: Tensor, *, seed: int = 0, previous: nn.Module | None = None
     ) -> nn.Module:
@@ -229,7 +234,7 @@ class Fast(Reference):
     def _gradient_by_ops(
         self, discriminator: ConvNet, z: Tensor, targets: Tensor, guidance: Guidance
     ) -> Tensor:
-        """d L / d z [n, C, H, W], scaled by a positive number per sample, from the ops that the engine fuses."""
+        """d L / d z [n, C, H, W] times a positive number per sample, from the ops that the engine fuses."""
         ops, network = self.generator.ops, stack_convnets([discriminator], torch.float32)
         groups = network.blocks[0].bias.shape[1]
         keywords: dict[str, Any] = {"groups": groups, "activation": "relu"}
@@ -268,7 +273,7 @@ def get_backend(name: str) -> Backend:
         raise InputError(f"{title} cannot be loaded ({type(error).__name__}: {error})") from error
     if lacks := why_no_backend(backend):
         raise InputError(f"{title} is no acs_fast.Backend: {lacks}")
-    return backend  # type: ignore[no-any-return]
+    return backend
 
 
 def why_no_backend(backend: object) -> str | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from acs_fast.backends import Backend, get_backend
+from acs_fast.backends import Backend, OnStep, get_backend
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.models.checkpoint import from_transformer
 from acs_fast.models.vae import VAE
@@ -25,7 +24,9 @@ try:
     from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
-    raise ImportError("accelerate and ACSPipeline need diffusers: pip install 'acs-fast[diffusers]'") from error
+    raise ImportError(
+        "accelerate and ACSPipeline need diffusers: pip install 'acs-fast[diffusers]'"
+    ) from error
 
 OBJECTIVES = ("adversarial", "nonsaturating")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -38,13 +39,14 @@ Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 def accelerate(pipe: Any, *, backend: str = "fast", attention: str = "auto") -> ACSPipeline:
     """An `ACSPipeline` of a diffusers `DiTPipeline`'s transformer, VAE, scheduler and labels.
 
-    backend: as `get_backend` takes it. attention: `auto` (the fastest at the engine's shape), `cudnn`, `flash`,
-    `efficient`, `math` or `xformers`. The pipeline that is given stays as it is: weights are shared with it
-    where their layout is the engine's and copied where it is not, the scheduler is a copy.
-    Raises InputError for another pipeline, and for a scheduler that cannot be served.
+    backend: as `get_backend` takes it. attention: `auto` (the fastest at the engine's shape), `cudnn`,
+    `flash`, `efficient`, `math` or `xformers`. The pipeline that is given stays as it is: weights are shared
+    with it where their layout is the engine's and copied where it is not, the scheduler is a copy.
+    Raises InputError for another pipeline, a transformer that is no DiT, a scheduler that cannot be served.
     """
     if not isinstance(pipe, DiTPipeline):
         raise InputError(f"accelerate takes a diffusers DiTPipeline, this is a {type(pipe).__name__}")
+    from_transformer(pipe.transformer)
     read_schedule(pipe.scheduler, 2)
     names: dict[int, list[str]] = {}
     for name, number in pipe.labels.items():
@@ -57,21 +59,24 @@ def accelerate(pipe: Any, *, backend: str = "fast", attention: str = "auto") -> 
     return made
 
 
-class ACSPipeline(DiTPipeline):  # type: ignore[misc]
+class ACSPipeline(DiTPipeline):
     """`DiTPipeline` on the engine: the same arguments and output, and ACS guidance beside them.
 
     It is saved as a `DiTPipeline`, which diffusers loads without this package, and `from_pretrained` loads
     any of those. The engine is made by the first call and kept as long as batch size, steps, scale, scheduler
     and weights stay as they are.
 
-    Differences to diffusers: latents stay in fp32 beside a transformer in 16 bits; with a stochastic scheduler
-    the noise of an image hangs on its own key, which `generator` draws after the latents, and neither on its
-    neighbours nor on how a call is cut into batches; the null label is the one after the last class, which
-    diffusers takes to be 1000.
+    Differences to diffusers: latents stay in fp32 beside a transformer in 16 bits; with a stochastic
+    scheduler the noise of an image hangs on its own key, which `generator` draws after the latents, and not
+    on its neighbours or on how a call is cut into batches; the null label is the one after the last class,
+    which diffusers takes to be 1000.
     """
 
     backend_name = "fast"
     attention = "auto"
+    transformer: Any
+    vae: Any
+    scheduler: Any
 
     def __init__(self, transformer: Any, vae: Any, scheduler: Any, id2label: dict[int, str] | None = None):
         super().__init__(transformer, vae, scheduler, id2label)
@@ -104,7 +109,7 @@ class ACSPipeline(DiTPipeline):  # type: ignore[misc]
     ) -> Any:
         """Images of `class_labels`, as `DiTPipeline` makes them, or steered by ACS.
 
-        guidance_scale: of classifier-free guidance; 1 and less sample the conditional model, in half the time.
+        guidance_scale: of classifier-free guidance; 1 and less sample the conditional model, twice as fast.
         generator: draws the latents as diffusers does, one for all images or one each.
         output_type: `pil`, `np`, `pt` or `latent`, the scaled latents.
 
@@ -112,8 +117,8 @@ class ACSPipeline(DiTPipeline):  # type: ignore[misc]
         discriminator is trained on what exists. discriminator: its network's name (default `convnet-3`); or a
         fitted `Discriminator`, which steers every image of the call. adversarial_scale: length of a push in
         trust radii; 0 pushes nothing. objective: `adversarial` or `nonsaturating`; METHOD's (3) and (4).
-        callback_on_step_end: called with (pipe, step, timestep, {"latents": x}) after each step of each batch;
-        the latents of the dict that it returns replace x.
+        callback_on_step_end: called with (pipe, step, timestep, {"latents": x}) after each step of each
+        batch; the latents of the dict that it returns replace x.
 
         Returns an `ImagePipelineOutput`, or a tuple of the images alone. Raises InputError for labels out of
         range, for a discriminator of another latent shape, and for what cannot be served.
@@ -123,29 +128,29 @@ class ACSPipeline(DiTPipeline):  # type: ignore[misc]
         if fitted is not None and curricula > 1:
             raise InputError("curricula train their discriminators: give a network's name, or curricula=1")
         parts = _curricula(labels, curricula)
-        settings: dict[str, Any] = {
-            "cfg_scale": max(1.0, float(guidance_scale)),
-            "objective": objective,
-            "guidance_scale": float(adversarial_scale),
-            "discriminator": discriminator if isinstance(discriminator, str) else "convnet-3",
-        }
+        settings: dict[str, Any] = {"cfg_scale": max(1.0, float(guidance_scale))}
+        if adversarial_scale and (curricula > 1 or fitted is not None):
+            settings |= {"objective": objective, "guidance_scale": float(adversarial_scale)}
+            settings |= {"discriminator": discriminator if isinstance(discriminator, str) else "convnet-3"}
         classes = list(dict.fromkeys(labels)) if fitted is None else list(fitted.class_labels)
         latents, keys = self._draw(len(labels), generator)
-        widest = max(map(len, parts))
-        backend = self._prepare(settings, classes, widest, num_inference_steps)
+        batch_size = self._batch_size(max(map(len, parts)))
+        backend = self._prepare(settings, classes, batch_size, num_inference_steps)
         targets = self._targets(labels, fitted)
         network = None if fitted is None or not adversarial_scale else fitted.network
         class_labels_, samples = torch.tensor(labels), torch.empty_like(latents)
-        with self.progress_bar(total=len(parts)) as progress:
+        walks = callback_on_step_end is not None or self._execution_device.type != "cuda"
+        total = sum(-(-len(rows) // batch_size) for rows in parts) * num_inference_steps
+        with self.progress_bar(total=total if walks else len(parts)) as progress:
             for number, rows in enumerate(parts):
                 if number and adversarial_scale:
                     done = torch.cat(parts[:number])
                     network = backend.fit(samples[done], targets[done], seed=number)
                 samples[rows] = backend.sample(
                     class_labels_[rows], keys[rows], network, targets=targets[rows], latents=latents[rows],
-                    on_step=self._on_step(callback_on_step_end),
+                    on_step=self._on_step(callback_on_step_end, progress) if walks else None,
                 )  # fmt: skip
-                progress.update()
+                progress.update(0 if walks else 1)
         images = samples if output_type == "latent" else self._decode(backend, samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -163,8 +168,8 @@ class ACSPipeline(DiTPipeline):  # type: ignore[misc]
             raise InputError(f"output_type is {output_type!r}, it must be one of {', '.join(OUTPUT_TYPES)}")
         if objective not in OBJECTIVES:
             raise InputError(
-                f"objective is {objective!r}, a pipeline takes {' or '.join(OBJECTIVES)}; those that need real "
-                "images are `distill`'s"
+                f"objective is {objective!r}, a pipeline takes {' or '.join(OBJECTIVES)}; those that need "
+                "real images are `distill`'s"
             )
         if unknown := [name for name in inputs if name != "latents"]:
             raise InputError(f"callback_on_step_end_tensor_inputs holds {unknown[0]!r}; there is 'latents'")
@@ -182,32 +187,34 @@ class ACSPipeline(DiTPipeline):  # type: ignore[misc]
         ]
         return latents.float(), torch.stack(keys).cpu()
 
-    def _prepare(self, settings: dict[str, Any], classes: list[int], images: int, steps: int) -> Backend:
-        """The backend, ready for batches of such images; made anew where anything it hangs on has changed."""
-        schedule = read_schedule(self.scheduler, steps)
-        transformer = self.transformer
+    def _batch_size(self, images: int) -> int:
+        """How many of a curriculum's images are sampled together: equal batches, as large as is sensible."""
+        config = self.transformer.config
+        large = config.num_attention_heads * config.attention_head_dim >= LARGE
+        most = BATCH_SIZES.get(self._execution_device.type, BATCH_SIZES["cpu"]) if large else SMALL_BATCH_SIZE
+        return -(-images // -(-images // most))
+
+    def _prepare(self, settings: dict[str, Any], classes: list[int], batch_size: int, steps: int) -> Backend:
+        """The backend, ready for such batches; made anew where anything that it hangs on has changed.
+
+        Of the classes it hangs on their number alone: `sample` is always told the targets.
+        """
+        schedule, transformer = read_schedule(self.scheduler, steps), self.transformer
         if hasattr(transformer, "_hf_hook"):
             raise InputError("the transformer is offloaded to the host; move the pipeline with .to('cuda')")
-        large = transformer.config.num_attention_heads * transformer.config.attention_head_dim >= LARGE
-        device = torch.device(self._execution_device)
-        most = BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"]) if large else SMALL_BATCH_SIZE
-        batch_size = -(-images // -(-images // most))
         weights = tuple((p.data_ptr(), p._version) for p in transformer.parameters())
-        key = (
-            schedule, settings, tuple(sorted(classes)), batch_size, self.backend_name, self.attention, weights,
-        )  # fmt: skip
+        chosen = self.backend_name, self.attention
+        key = (schedule, settings, len(classes), batch_size, chosen, weights, id(self.vae))
         if self._backend is None or self._prepared != key:
             self._backend = None  # its memory first
             model, backend = from_transformer(transformer), get_backend(self.backend_name)
             config = dataclasses.replace(
                 DistillConfig(),
-                ipc=1, num_curricula=1, device=device.type, dtype=dtype_name(transformer.dtype),
-                attention=self.attention, clip_denoised=clips(self.scheduler), **settings,
+                ipc=1, num_curricula=1, device=self._execution_device.type, attention=self.attention,
+                dtype=dtype_name(transformer.dtype), clip_denoised=clips(self.scheduler), **settings,
             )  # fmt: skip
             networks = Networks(model, VAE(self.vae), None)
-            backend.prepare(
-                config, networks, class_labels=classes, batch_size=batch_size, schedule=schedule
-            )
+            backend.prepare(config, networks, class_labels=classes, batch_size=batch_size, schedule=schedule)
             self._backend, self._prepared = backend, key
         return self._backend
 
@@ -216,14 +223,14 @@ class ACSPipeline(DiTPipeline):  # type: ignore[misc]
             places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
             return torch.tensor([places[label] for label in labels])
         config = self.transformer.config
-        fitted.check_shape((config.in_channels, config.sample_size, config.sample_size))
+        fitted.check_shape((len(labels), config.in_channels, config.sample_size, config.sample_size))
         return fitted.targets(torch.tensor(labels)).cpu()
 
-    def _on_step(self, callback: Callback | None) -> Callable[[int, int, Tensor], None] | None:
-        if callback is None:
-            return None
-
+    def _on_step(self, callback: Callback | None, progress: Any) -> OnStep:
         def on_step(step: int, timestep: int, x: Tensor) -> None:
+            progress.update()
+            if callback is None:
+                return
             returned = callback(self, step, timestep, {"latents": x}) or {}
             if (latents := returned.get("latents", x)) is not x:
                 x.copy_(latents)

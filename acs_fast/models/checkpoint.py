@@ -173,8 +173,8 @@ def from_transformer(transformer: Any) -> DiT:
     """The DiT of a diffusers `DiTTransformer2DModel`: its own tensors, but for copies of the fused QKV.
 
     It is on the transformer's device and in its dtype, in eval mode and without gradients; the transformer
-    stays as it is. The embedders of the first block stand for those of all, which checkpoints repeat.
-    Raises InputError for a transformer that is no DiT.
+    stays as it is. The embedders, of which each of its blocks has a copy, are the first block's.
+    Raises InputError for a transformer that is no DiT, as one is whose blocks' embedders differ.
     """
     config = read_dit_config(transformer.config, "the transformer's configuration")
     if config.num_classes == 1000:
@@ -185,6 +185,12 @@ def from_transformer(transformer: Any) -> DiT:
     state = {}
     for name, parts in layout.parts.items():
         found = [stored[part].detach() for part in parts]
+        for copy in layout.copies.get(parts[0], ()):
+            if not torch.equal(stored[copy], found[0]):
+                raise InputError(
+                    f"the transformer's {copy} differs from {parts[0]}; a DiT has one embedder for all "
+                    "blocks, so this model cannot be run as one"
+                )
         state[name] = found[0] if len(found) == 1 else torch.cat(found)
     some = next(iter(state.values()))
     for name, (_, value) in layout.constants.items():

@@ -20,7 +20,9 @@ ENCODER = ("encoder.", "quant_conv.")  # where the names of its parameters begin
 
 
 class VAE:
-    """A VAE, which stays as it is given: latents [B, C, h, w] as the DiT makes them to images [B, 3, factor h, factor w] and back.
+    """A VAE: latents [B, C, h, w] as the DiT makes them to images [B, 3, factor h, factor w] and back.
+
+    The module stays as it is given.
 
     images = decoder(latents / scaling_factor + shift_factor), in about [-1, 1];
     latents = (encoder(images) - shift_factor) * scaling_factor, the mean of the posterior. `AutoencoderKL` of

@@ -44,7 +44,9 @@ def check_real(value: object, name: str, zero: bool) -> None:
     """InputError unless `value` is a finite number above 0, or with `zero` 0."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
-        raise InputError(f"{name} is {value!r}, it must be a finite number, {'at least' if zero else 'above'} 0")
+        raise InputError(
+            f"{name} is {value!r}, it must be a finite number, {'at least' if zero else 'above'} 0"
+        )
 
 
 def check_objective(objective: str) -> None:

@@ -67,7 +67,9 @@ class Discriminator:
         self._trainer: Trainer | None = None  # kept: on a GPU its step is captured once
         check_discriminator(network)
         self.device = torch.device(device)
-        self.device = next(self._build().parameters()).device  # refuses what does not fit; a GPU has its number
+        self.device = next(
+            self._build().parameters()
+        ).device  # refuses what does not fit; a GPU has its number
 
     @property
     def network(self) -> nn.Module:
@@ -153,7 +155,9 @@ class Discriminator:
 
     def save(self, path: str | Path) -> None:
         """Write weights and arguments as a safetensors file; InputError before `fit`."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        weights = {
+            name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()
+        }
         write_atomic(Path(path), safetensors.torch.save(weights, {METADATA: json.dumps(self.settings)}))
 
     @classmethod
@@ -175,7 +179,9 @@ class Discriminator:
             network.load_state_dict(state)
         except (TypeError, ValueError, RuntimeError) as error:  # an InputError is a ValueError
             reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is no whole file of a Discriminator ({reason}); save it again") from error
+            raise InputError(
+                f"{path} is no whole file of a Discriminator ({reason}); save it again"
+            ) from error
         found._network = network.eval().requires_grad_(False)
         return found
 
