@@ -16,7 +16,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers import KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 from torch import Tensor
 
-import tests.schedule_stub  # noqa: F401
 from acs_fast import diffusion
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.guidance import Guidance

@@ -150,8 +150,8 @@ class Discriminator:
         """`direction` of positions instead of labels, unchecked, in fp32 or wider on this device."""
         with torch.inference_mode(False):
             wide = torch.promote_types(pred_xstart.dtype, torch.float32)
-            x0 = pred_xstart.to(self.device, wide).clone()  # a copy: inference tensors have no gradient
-            return guidance.direction(x0, x0, targets.to(self.device))
+            x0 = pred_xstart.to(self.device, wide).clone()  # inference tensors have no gradient, copies do
+            return guidance.direction(x0, x0, targets.to(self.device).clone())
 
     def save(self, path: str | Path) -> None:
         """Write weights and arguments as a safetensors file; InputError before `fit`."""
