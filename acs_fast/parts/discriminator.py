@@ -67,9 +67,8 @@ class Discriminator:
         self._trainer: Trainer | None = None  # kept: on a GPU its step is captured once
         check_discriminator(network)
         self.device = torch.device(device)
-        self.device = next(
-            self._build().parameters()
-        ).device  # refuses what does not fit; a GPU has its number
+        built = next(self._build().parameters())  # refuses what does not fit
+        self.device = built.device  # of a GPU with its number
 
     @property
     def network(self) -> nn.Module:

@@ -15,7 +15,7 @@ from acs_fast.config import InputError
 from acs_fast.diffusion import StepCoefficients, predict_xstart
 from acs_fast.parts.checks import Whole, check_real
 from acs_fast.parts.discriminator import Discriminator
-from acs_fast.schedulers import read_schedule
+from acs_fast.schedulers import clips, read_schedule
 
 WATCHED = "_acs_fast_guided_step"  # marks a scheduler's step that is watched
 PROBE_STEPS = 10  # a scheduler that cannot be served is refused before the loop, by a schedule of so many
@@ -116,9 +116,8 @@ class GuidedStep:
         # of a batch doubled for classifier-free guidance the first half is the conditional one
         sample, eps = _wide(taken.sample[:n]), _wide(taken.model_output[:n, : self.discriminator.channels])
         x0 = predict_xstart(sample, eps, c)  # (2)
-        config = self.scheduler.config
-        if config.get("clip_sample", False):
-            x0 = x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+        if clips(self.scheduler):
+            x0 = x0.clamp(-1.0, 1.0)
         g = self.discriminator.push(guidance, x0, self.targets).to(x0)  # (3)
         push = (guidance.radius(eps, c) * g).repeat(len(latents) // n, 1, 1, 1)
         return {"latents": (_wide(latents) + push.to(latents.device)).to(latents.dtype)}  # (4)
