@@ -17,8 +17,8 @@ from acs_fast.config import resolve
 
 torch.backends.cudnn.allow_tf32 = False  # on a GPU too, fp32 is what errors are measured by
 NEED_DIFFUSERS = [
-    *("diffusers_checkpoint", "encode", "examples", "hub", "latent_runs", "latents", "parity"),
-    *("parts", "pipeline", "schedulers", "vae"),
+    *("diffusers_checkpoint", "encode", "examples", "guided_step", "hub", "latent_runs", "latents", "parity"),
+    *("pipeline", "schedulers", "vae"),
 ]
 collect_ignore: list[str] = []
 if importlib.util.find_spec("diffusers") is None:  # a GPU machine's own Python need not have it

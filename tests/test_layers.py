@@ -21,7 +21,7 @@ ORDER = [
     ["generator", "training", "report", "output", "resume"],
     ["engine"],
     ["sampler", "denoiser"],
-    ["judge", "real", "samples"],
+    ["judge", "real", "samples", "parts"],
     ["discriminator", "guidance", "compiled"],
     ["feeds", "session"],
     ["latents"],

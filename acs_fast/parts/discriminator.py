@@ -67,9 +67,8 @@ class Discriminator:
         self._trainer: Trainer | None = None  # kept: on a GPU its step is captured once
         check_discriminator(network)
         self.device = torch.device(device)
-        self.device = next(
-            self._build().parameters()
-        ).device  # refuses what does not fit; a GPU has its number
+        built = next(self._build().parameters())  # refuses what does not fit
+        self.device = built.device  # of a GPU with its number
 
     @property
     def network(self) -> nn.Module:
@@ -150,8 +149,8 @@ class Discriminator:
         """`direction` of positions instead of labels, unchecked, in fp32 or wider on this device."""
         with torch.inference_mode(False):
             wide = torch.promote_types(pred_xstart.dtype, torch.float32)
-            x0 = pred_xstart.to(self.device, wide).clone()  # a copy: inference tensors have no gradient
-            return guidance.direction(x0, x0, targets.to(self.device))
+            x0 = pred_xstart.to(self.device, wide).clone()  # inference tensors have no gradient, copies do
+            return guidance.direction(x0, x0, targets.to(self.device).clone())
 
     def save(self, path: str | Path) -> None:
         """Write weights and arguments as a safetensors file; InputError before `fit`."""

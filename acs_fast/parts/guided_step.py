@@ -15,7 +15,7 @@ from acs_fast.config import InputError
 from acs_fast.diffusion import StepCoefficients, predict_xstart
 from acs_fast.parts.checks import Whole, check_real
 from acs_fast.parts.discriminator import Discriminator
-from acs_fast.schedulers import read_schedule
+from acs_fast.schedulers import clips, read_schedule
 
 WATCHED = "_acs_fast_guided_step"  # marks a scheduler's step that is watched
 PROBE_STEPS = 10  # a scheduler that cannot be served is refused before the loop, by a schedule of so many
@@ -35,14 +35,14 @@ class GuidedStep:
         with GuidedStep(discriminator, labels, pipe.scheduler) as guide:
             images = pipe(prompts, callback_on_step_end=guide).images
 
-    x0 of the step comes by (2) from what the loop gives `scheduler.step`, which is therefore watched inside of
-    the `with`, and afterwards is what it was before.
+    x0 of the step comes by (2) from what the loop gives `scheduler.step`, which is therefore watched inside
+    of the `with`, and afterwards is what it was before.
 
-    discriminator: a fitted `Discriminator` of the loop's latents. class_labels: its label of each image of the
-    batch. scheduler: the loop's own, DDIMScheduler, DDPMScheduler or DPMSolverMultistepScheduler as
-    `read_schedule` takes them. objective: `adversarial` or `nonsaturating`. scale, trust_radius, window: s_t =
-    scale r_t while t / T is in the closed window, else 0; r_t as docs/method.md has it, `sigma` or `eps`.
-    InputError for what cannot be served.
+    discriminator: a fitted `Discriminator` of the loop's latents. class_labels: its label of each image of
+    the batch. scheduler: the loop's own, DDIMScheduler, DDPMScheduler or DPMSolverMultistepScheduler as
+    `read_schedule` takes them. objective: `adversarial` or `nonsaturating`. scale, trust_radius, window:
+    s_t = scale r_t while t / T is in the closed window, else 0; r_t as docs/method.md has it, `sigma` or
+    `eps`. InputError for what cannot be served.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class GuidedStep:
         trust_radius: str = "sigma",
         window: tuple[float, float] = (0.1, 0.7),
     ):
-        if not isinstance(discriminator, Discriminator):
-            kind = type(discriminator).__name__
+        given: object = discriminator
+        if not isinstance(given, Discriminator):
+            kind = type(given).__name__
             raise InputError(f"discriminator is of type {kind}; give a fitted acs_fast.Discriminator")
         check_real(scale, "scale", zero=True)
         if trust_radius not in ("sigma", "eps"):
@@ -104,8 +105,8 @@ class GuidedStep:
         """{"latents": those pushed}, in their dtype, or `callback_kwargs` as they are outside of the window.
 
         callback_kwargs: holds `latents` [n, C, S, S], what the scheduler's step gave. The other arguments are
-        what diffusers passes; they are not needed. InputError outside of the `with`, and for latents of another
-        shape or number than the discriminator and the class labels are for.
+        what diffusers passes; they are not needed. InputError outside of the `with`, and for latents of
+        another shape or number than the discriminator and the class labels are for.
         """
         taken = self._take(callback_kwargs)
         latents, n = callback_kwargs["latents"], len(self.targets)
@@ -116,9 +117,8 @@ class GuidedStep:
         # of a batch doubled for classifier-free guidance the first half is the conditional one
         sample, eps = _wide(taken.sample[:n]), _wide(taken.model_output[:n, : self.discriminator.channels])
         x0 = predict_xstart(sample, eps, c)  # (2)
-        config = self.scheduler.config
-        if config.get("clip_sample", False):
-            x0 = x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+        if clips(self.scheduler):
+            x0 = x0.clamp(-1.0, 1.0)
         g = self.discriminator.push(guidance, x0, self.targets).to(x0)  # (3)
         push = (guidance.radius(eps, c) * g).repeat(len(latents) // n, 1, 1, 1)
         return {"latents": (_wide(latents) + push.to(latents.device)).to(latents.dtype)}  # (4)
@@ -130,8 +130,8 @@ class GuidedStep:
         taken, self._taken = self._taken, None
         if taken is None:
             raise InputError(
-                "this loop took no step of the scheduler that GuidedStep watches; give GuidedStep the one the "
-                "loop steps, pipe.scheduler (an ACSPipeline has none: give it discriminator= instead)"
+                "this loop took no step of the scheduler that GuidedStep watches; give GuidedStep the one "
+                "that it steps, pipe.scheduler (an ACSPipeline steps none: give it discriminator= instead)"
             )
         if "latents" not in callback_kwargs:
             raise InputError('GuidedStep needs "latents" in callback_on_step_end_tensor_inputs')
@@ -140,7 +140,7 @@ class GuidedStep:
             self.discriminator.check_shape(values.shape)
             if len(values) not in (n, 2 * n):
                 raise InputError(
-                    f"GuidedStep was given {n} class labels and the loop steps {len(values)} images; give one "
+                    f"GuidedStep was given {n} class labels and the loop steps {len(values)} images; give a "
                     "label of each image (twice as many images are taken for both halves of the guidance)"
                 )
         return taken
