@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from acs_fast import __version__, ops
+from acs_fast import __version__, attention, ops
 from acs_fast.config import InputError
 
 # package -> what it is for; missing ones are named by `acs-fast env`
@@ -106,8 +106,8 @@ def report() -> str:
         )
         lines.append(f"device cuda: missing ({reason})")
     lines.append("")
-    lines.append(ops.table(resolve_device("auto")))
-    lines.append("")
+    device = resolve_device("auto")
+    lines += [ops.table(device), "", attention.table(device), ""]
     lines.append(_loader())
     for package, purpose in OPTIONAL_PACKAGES.items():
         found = version(package)

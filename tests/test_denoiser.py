@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from acs_fast import attention, ops
+from acs_fast import attention, environment, ops
 from acs_fast.config import InputError
 from acs_fast.denoiser import Denoiser, Table
 from acs_fast.linear import Linear, can_pack
@@ -189,3 +191,57 @@ def test_on_a_gpu_the_first_of_the_fastest_is_taken_unless_it_is_wrong(monkeypat
 def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason(name) -> None:
     with pytest.raises(InputError, match=f"--attention {name} cannot run here: .+; use auto"):
         attention.choose(name, (2, 16, 2, 8), torch.float32, CPU)
+
+
+BUILT_FOR_ANOTHER = "undefined symbol: _ZN3c104cuda"
+NO_OPERATOR = (
+    "def memory_efficient_attention(q, k, v): "
+    "raise NotImplementedError('No operator found for `memory_efficient_attention_forward` with inputs:')"
+)
+XFORMERS = {
+    "whole": "def memory_efficient_attention(q, k, v): return q",
+    "another torch": f"raise ImportError({BUILT_FOR_ANOTHER!r})",
+    "no library": "raise OSError('libcudart.so.12: cannot open shared object file')",
+    "no operator": NO_OPERATOR,
+    "no extension": NO_OPERATOR,  # the wheel 0.0.35 beside torch 2.13 on a CPU: it imports, with a warning
+}
+EXTENSION = (
+    "xFormers can't load C++/CUDA extensions. xFormers was built for:\n  PyTorch 2.10.0 (you have 2.13.0)"
+)
+
+
+@pytest.mark.parametrize("kind", XFORMERS)
+def test_what_refuses_xformers_is_told_apart(kind, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "xformers" / "ops").mkdir(parents=True)
+    (tmp_path / "xformers" / "__init__.py").touch()
+    (tmp_path / "xformers" / "ops" / "__init__.py").write_text(XFORMERS[kind])
+    failure = f"ImportError({EXTENSION!r})" if kind == "no extension" else "None"
+    (tmp_path / "xformers" / "_cpp_lib.py").write_text(f"_cpp_library_load_exception = {failure}")
+    info = tmp_path / "xformers-9.8.7.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 9.8.7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.split(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    refusals = attention.choose("auto", (2, 16, 2, 8), torch.float32, CPU).refusals
+    beside = f"xformers 9.8.7 cannot be loaded beside torch {torch.__version__}"
+    expected = {
+        "whole": None,
+        "another torch": f"{beside} (ImportError: {BUILT_FOR_ANOTHER}); install the release that was built for "
+        "this torch",
+        "no library": f"{beside} (OSError: libcudart.so.12: cannot open shared object file); install the "
+        "release that was built for this torch",
+        "no operator": "it takes no such device, dtype or head size",
+        "no extension": f"{beside} (ImportError: PyTorch 2.10.0 (you have 2.13.0)); install the release that "
+        "was built for this torch",
+    }
+    assert refusals.get("xformers") == expected[kind]
+    for name in [n for n in sys.modules if n.split(".")[0] == "xformers"]:
+        del sys.modules[name]
+
+
+def test_env_lists_the_attention_kernels_with_their_reasons() -> None:
+    text = environment.report()
+    assert "attention flash: yes" in text and "attention math: yes" in text
+    assert "attention xformers: " in text
+    assert "attention cudnn: no (it takes no such device, dtype or head size)" in text
