@@ -227,8 +227,8 @@ def test_what_refuses_xformers_is_told_apart(kind, tmp_path: Path, monkeypatch) 
     beside = f"xformers 9.8.7 cannot be loaded beside torch {torch.__version__}"
     expected = {
         "whole": None,
-        "another torch": f"{beside} (ImportError: {BUILT_FOR_ANOTHER}); install the release that was built for "
-        "this torch",
+        "another torch": f"{beside} (ImportError: {BUILT_FOR_ANOTHER}); install the release that was built "
+        "for this torch",
         "no library": f"{beside} (OSError: libcudart.so.12: cannot open shared object file); install the "
         "release that was built for this torch",
         "no operator": "it takes no such device, dtype or head size",
