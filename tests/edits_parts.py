@@ -8,11 +8,11 @@ GUIDED, PARTS = "tests/test_guided_step.py", "tests/test_parts.py"
 
 PART_EDITS = [
     Mutation(
-        "g is that of the whole denoised batch's second half",
+        "g is that of the second half of a doubled batch",
         "acs_fast/parts/guided_step.py",
         "_wide(taken.sample[:n])",
         "_wide(taken.sample[-n:])",
-        "push_is_the_formula and doubled and DDPM",
+        "both_halves",
         GUIDED,
     ),
     Mutation(
@@ -43,7 +43,7 @@ PART_EDITS = [
         "pipelines cannot see what the watched step takes",
         "acs_fast/parts/guided_step.py",
         "@functools.wraps(own)",
-        "@functools.wraps(own, ())",
+        "@(lambda function: function)",
         "step_is_put_back",
         GUIDED,
     ),

@@ -156,6 +156,17 @@ def test_each_push_is_the_formula(fitted, start, kind, doubled) -> None:
     assert len(checked) == STEPS and scheduler.step is record
 
 
+def test_both_halves_are_pushed_by_the_first_ones_g(fitted) -> None:
+    loop, moved = Loop(), []
+    x, eps, other = (torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(3))
+    with GuidedStep(fitted, LABELS, loop.scheduler, trust_radius="eps") as guide:
+        for sample, output in ((x, eps), (torch.cat((x, other)), torch.cat((eps, 2.0 * other)))):
+            after = loop.scheduler.step(output, loop.t, sample).prev_sample
+            moved.append(guide(None, 6, loop.t, {"latents": after})["latents"] - after)
+    assert moved[0].norm() > 0.1
+    assert torch.allclose(moved[1], moved[0].repeat(2, 1, 1, 1), atol=1e-5)
+
+
 def test_g_is_taken_at_the_clamped_x0(fitted) -> None:
     scheduler = make_scheduler(clip_sample=True)
     scheduler.set_timesteps(STEPS)

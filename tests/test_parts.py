@@ -30,8 +30,8 @@ def make_samples(n: int = 36, channels: int = 4, size: int = 8, seed: int = 1) -
 
 def make(**settings: Any) -> Discriminator:
     """An untrained one of small latents."""
-    settings = {"class_labels": LABELS, "size": 8, "steps": 16, "batch_size": 36, "mirror": False} | settings
-    return Discriminator(**settings)
+    small = {"network": "convnet-2", "class_labels": LABELS, "size": 8, "steps": 10, "batch_size": 18}
+    return Discriminator(**{**small, "mirror": False, **settings})
 
 
 @pytest.fixture(scope="module")

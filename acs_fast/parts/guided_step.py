@@ -115,7 +115,7 @@ class GuidedStep:
         if not self.scale or not guidance.active(c):
             return callback_kwargs
         # of a batch doubled for classifier-free guidance the first half is the conditional one
-        sample, eps = _wide(taken.sample[:n]), _wide(taken.model_output[:n, : self.discriminator.channels])
+        sample, eps = _wide(taken.sample[:n]), _wide(taken.model_output[:n])
         x0 = predict_xstart(sample, eps, c)  # (2)
         if clips(self.scheduler):
             x0 = x0.clamp(-1.0, 1.0)
