@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from acs_fast import attention, environment, ops
 from acs_fast.config import InputError
 from acs_fast.denoiser import Denoiser, Table
+from acs_fast.estimate.flop import denoiser_flops
 from acs_fast.linear import Linear, can_pack
 from acs_fast.models.dit import DiT, DiTConfig
 from tests.test_sampler import randomise
@@ -245,3 +247,22 @@ def test_env_lists_the_attention_kernels_with_their_reasons() -> None:
     assert "attention flash: yes" in text and "attention math: yes" in text
     assert "attention xformers: " in text
     assert "attention cudnn: no (it takes no such device, dtype or head size)" in text
+
+
+def test_without_the_null_branch_half_is_computed_and_its_place_holds_the_other() -> None:
+    shape = DiTConfig(8, 2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    found = {}
+    for with_null in (True, False):
+        model = randomise(DiT(shape), 0.2, seed=3)
+        denoiser = Denoiser(
+            model, ops.select("reference", CPU), attention.Attention("math"), timesteps=[500], batch_size=2,
+            slots=3, with_variance=True, pack=False, with_null=with_null,
+        )  # fmt: skip
+        rows = torch.tensor(denoiser.table.hold([1, 2], [0]) + [3, 3])
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            found[with_null] = denoiser(x, 0, rows).clone()
+        assert counter.get_total_flops() == 2 * denoiser_flops(shape, 4.0 if with_null else 1.0)
+    both, one = found[True], found[False]
+    torch.testing.assert_close(one, torch.cat((both[:2], both[:2])))
+    assert not torch.allclose(both[2:], both[:2], atol=1e-3)

@@ -27,16 +27,17 @@ class Cost:
     saved: int  # bytes that the training's forward pass keeps for its backward pass, in fp32
 
 
-def denoiser_flops(shape: DiTConfig) -> int:
+def denoiser_flops(shape: DiTConfig, cfg_scale: float = 4.0) -> int:
     """2 x multiply-add of the lean denoiser for one image: both branches of CFG, its patches embedded once.
 
+    At a scale of 1 the null branch is left out.
     The modulations and the embedders of timestep and label are not in it: a table holds them.
     """
     d, tokens = shape.hidden_size, (shape.input_size // shape.patch_size) ** 2
     patch = shape.in_channels * shape.patch_size**2
     outputs = patch * (2 if shape.learn_sigma else 1)
     branch = shape.depth * (2 * tokens * d * 12 * d + 4 * tokens * tokens * d) + 2 * tokens * d * outputs
-    return 2 * branch + 2 * tokens * patch * d
+    return (1 if cfg_scale == 1.0 else 2) * branch + 2 * tokens * patch * d
 
 
 def denoiser_parameters(shape: DiTConfig) -> int:

@@ -153,7 +153,7 @@ def count_work(
         rank_guided_batches=sum(parts[0] for c, parts in batches.items() if guided and c > 1),
         training_steps=steps,
         training_images=seen,
-        denoiser_flop=images * config.num_sampling_steps * denoiser_flops(shape),
+        denoiser_flop=images * config.num_sampling_steps * denoiser_flops(shape, config.cfg_scale),
         guidance_flop=guided_images * window * guidance_flop,
         decode_flop=images * decode_flop,
         training_flop=seen * seen_cost(generator, layout.num_classes).training if seen else 0,
@@ -188,7 +188,7 @@ def _guidance_flop(generator: ImageGenerator, num_classes: int) -> int:
     if generator.seen_by is not None:
         flop += decoder_flops(generator.seen_by, shape.input_size, gradient=True)
     if config.jacobian == "full":
-        flop += full_jacobian_flops(shape) - denoiser_flops(shape)
+        flop += full_jacobian_flops(shape) - denoiser_flops(shape, config.cfg_scale)
     return flop
 
 
