@@ -38,8 +38,12 @@ def main(folder: Path) -> None:
     """Train, distil, evaluate; run again, each part that is whole is kept."""
     model = OUT / "model" / "model.safetensors"
     if not model.exists():  # `train` never writes over a model
-        settings = {"hidden_size": 64, "depth": 3, "num_heads": 4, "iterations": 600, "batch_size": 32}
-        train(TrainConfig(real=str(folder), out=str(OUT / "model"), **settings))
+        train(
+            TrainConfig(
+                real=str(folder), out=str(OUT / "model"), hidden_size=96, depth=2, num_heads=4,
+                iterations=800, batch_size=48, lr=3e-3, ema_decay=0.98,
+            )
+        )  # fmt: skip
 
     run = distill(
         DistillConfig(model=str(model), real=str(folder), out=str(OUT / "set"), ipc=4, num_curricula=2)

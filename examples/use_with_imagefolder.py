@@ -3,14 +3,16 @@
     python examples/use_with_imagefolder.py              # a small set of the bundled digits is distilled first
     python examples/use_with_imagefolder.py runs/mine    # a run folder of --format png, jpeg or webp
 
-A run keeps its set in `images/<class>/<k>.png`, which is what ImageFolder reads. One line a loader or network
-comes out: how many images it has, or the loss before and after some steps. The first part needs PyTorch and
-Pillow alone; what needs torchvision or timm is left out, with the reason, where they are not installed.
+A run keeps its set in `images/<class>/<k>.png`, which is what ImageFolder reads, with labels by the sorted
+names of the classes (`--classes imagewoof` and `imagenet100` have an order of their own, which `acs-fast
+evaluate` keeps). One line a loader or network comes out: how many images it has, or its loss before and after
+some steps. The first part needs PyTorch and Pillow alone; what needs torchvision or timm is left out, with the
+reason, where they cannot be imported.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -26,6 +28,7 @@ class Folder(Dataset):
     """What ImageFolder is: labels are the places of the sorted class folders; x: fp32 [3, H, W] in [0, 1]."""
 
     def __init__(self, root: Path):
+        self.root = root
         self.classes = sorted(path.name for path in root.iterdir() if path.is_dir())
         self.files = [
             (path, label)
@@ -59,22 +62,17 @@ def fit(network: nn.Module, images: Dataset, size: int, steps: int = 20) -> tupl
     return losses[0], losses[-1]
 
 
-def with_torchvision(root: Path) -> None:
+def with_torchvision(plain: Folder) -> None:
     """The line with torchvision; its labels are those of `Folder`."""
-    if importlib.util.find_spec("torchvision") is None:
-        print("torchvision: left out, it is not installed (pip install torchvision)")
-        return
     from torchvision import datasets, transforms
 
-    images = datasets.ImageFolder(str(root), transform=transforms.ToTensor())
+    images = datasets.ImageFolder(str(plain.root), transform=transforms.ToTensor())
+    assert images.classes == plain.classes and torch.equal(images[0][0], plain[0][0])
     print(f"torchvision: {len(images)} images of {len(images.classes)} classes")
 
 
 def with_timm(images: Folder) -> None:
     """A network of timm's from scratch; `Folder` gives RGB, so in_chans is 3."""
-    if importlib.util.find_spec("timm") is None:
-        print("timm: left out, it is not installed (pip install timm)")
-        return
     import timm
 
     network = timm.create_model("resnet18", in_chans=3, num_classes=len(images.classes))
@@ -90,8 +88,13 @@ def main(run: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, len(images.classes)))
     first, last = fit(network, images, size=8)
     print(f"plain: a linear classifier at 8 px, loss {first:.2f} to {last:.2f}")
-    with_torchvision(run / "images")
-    with_timm(images)
+    for name, show in (("torchvision", with_torchvision), ("timm", with_timm)):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, or built for another PyTorch
+            print(f"{name}: left out, it cannot be imported: {str(error).splitlines()[0]}")
+        else:
+            show(images)
 
 
 def make_run() -> Path:
