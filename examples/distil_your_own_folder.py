@@ -1,13 +1,14 @@
-"""Distil an image folder of your own: train a small DiT on it, distil, judge the set beside random real images.
+"""Distil an image folder of your own: train a small DiT, distil, judge the set beside random real images.
 
     python examples/distil_your_own_folder.py            # a small folder of the bundled digits is made first
     python examples/distil_your_own_folder.py FOLDER     # FOLDER/train/<class>/*, FOLDER/val/<class>/*
 
-Under `runs/own` come out `model/` (the DiT), `set/images/<class>/<k>.png` (the distilled set), `set/report.html`
-(its page), and a line a set on the screen. The training is far too short for a good set, so that all of it
-takes half a minute on a CPU: for images of your own raise `iterations`, `ipc`, `epochs`, and `hidden_size`
-and `depth` with them. The DiT works in pixels, so the images must be small (up to about 64 px); for larger
-ones name a latent model: `DistillConfig(model="facebook/DiT-XL-2-256", classes=...)`.
+Under `runs/own` come out `model/` (the DiT), `set/images/<class>/<k>.png` (the distilled set) and
+`set/report.html` (its page), on the screen a line a set. The training is as short as it can be, so that all of
+it takes half a minute on a CPU: for images of your own raise `iterations`, `ipc` and `epochs`, and
+`hidden_size` and `depth` with them. Guidance makes a set worse whose model is trained too little, so look at
+the images. The DiT works in pixels, so these must be small (up to about 64 px); for larger ones name a latent
+model: `DistillConfig(model="facebook/DiT-XL-2-256", classes=...)`.
 """
 
 from __future__ import annotations

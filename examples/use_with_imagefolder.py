@@ -1,13 +1,13 @@
 """Train on a distilled set with plain PyTorch, with torchvision's ImageFolder and with timm.
 
-    python examples/use_with_imagefolder.py              # a small set of the bundled digits is distilled first
-    python examples/use_with_imagefolder.py runs/mine    # a run folder of --format png, jpeg or webp
+    python examples/use_with_imagefolder.py            # a small set of the bundled digits is distilled first
+    python examples/use_with_imagefolder.py runs/mine  # a run folder of --format png, jpeg or webp
 
 A run keeps its set in `images/<class>/<k>.png`, which is what ImageFolder reads, with labels by the sorted
 names of the classes (`--classes imagewoof` and `imagenet100` have an order of their own, which `acs-fast
-evaluate` keeps). One line a loader or network comes out: how many images it has, or its loss before and after
-some steps. The first part needs PyTorch and Pillow alone; what needs torchvision or timm is left out, with the
-reason, where they cannot be imported.
+evaluate` keeps). One line a loader or network comes out: how many images it has, or its loss before and
+after some steps. The first part needs PyTorch and Pillow alone; what needs torchvision or timm is left out,
+with the reason, where they cannot be imported.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def script(page: str) -> str:
-    """The Python blocks of a page that can run here as one file, each on the lines that it has on the page."""
+    """The Python blocks of a page that can run here as one file, each on its lines of the page."""
     lines = [""] * (page.count("\n") + 1)
     for block in blocks(page):
         if block.language == "python" and block.reason is None:
@@ -86,7 +86,7 @@ def mentions(page: str) -> list[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """AssertionError unless the parsers take this command; of one with `...` its flags alone are looked up."""
+    """AssertionError unless the parsers take this command; with `...` its flags alone are looked up."""
     rest, parts = words[1:], any("..." in word for word in words)
     if words[0] == "torchrun" and "-m" not in rest:  # `torchrun --flag` in a sentence
         known = get_args_parser().format_help()
