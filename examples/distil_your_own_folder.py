@@ -4,10 +4,10 @@
     python examples/distil_your_own_folder.py FOLDER     # FOLDER/train/<class>/*, FOLDER/val/<class>/*
 
 Under `runs/own` come out `model/` (the DiT), `set/images/<class>/<k>.png` (the distilled set) and
-`set/report.html` (its page), on the screen a line a set. The training is as short as it can be, so that all of
-it takes half a minute on a CPU: for images of your own raise `iterations`, `ipc` and `epochs`, and
-`hidden_size` and `depth` with them. Guidance makes a set worse whose model is trained too little, so look at
-the images. The DiT works in pixels, so these must be small (up to about 64 px); for larger ones name a latent
+`set/report.html` (its page), on the screen a line a set. The training is as short as it can be, so that all
+takes half a minute on a CPU: for images of your own raise `iterations`, `ipc` and `epochs`, and `hidden_size`
+and `depth` with them. Guidance makes the set of a model that is trained too little worse, so look at the
+images. The DiT works in pixels, so these must be small (up to about 64 px); for larger ones name a latent
 model: `DistillConfig(model="facebook/DiT-XL-2-256", classes=...)`.
 """
 
