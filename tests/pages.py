@@ -111,7 +111,8 @@ def check_arguments(rest: list[str]) -> None:
         try:
             args = make_parser().parse_args(rest)
         except SystemExit:
-            raise AssertionError(f"acs-fast {shlex.join(rest)}: {said.getvalue()}") from None
+            why = said.getvalue().rpartition("error: ")[2].strip()
+            raise AssertionError(f"acs-fast {shlex.join(rest)}: {why}") from None
     cls = CONFIGURATIONS.get(rest[0])
     if cls is None or "--config" in rest:  # a file that is not here
         return

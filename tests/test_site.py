@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import acs_fast
+from tests.browser import Browser, find_chromium
 from tests.pages import CONFIGURATIONS, ROOT
 
 if not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings_handlers")):
@@ -33,6 +34,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
+        self.path = path
         self.tags: set[str] = set()
         self.ids: set[str] = set()
         self.loads: list[str] = []
@@ -100,3 +102,18 @@ def test_nothing_is_left_unrendered(pages) -> None:
 def test_the_pages_load_nothing_from_elsewhere(pages) -> None:
     for name, page in pages.items():
         assert page.loads and not [url for url in page.loads if re.match(r"(https?:)?//", url)], name
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="there is no Chromium")
+def test_the_pages_fit_and_the_browser_loads_nothing_from_elsewhere(pages) -> None:
+    program = find_chromium()
+    assert program is not None
+    with Browser(program) as browser:
+        for name, page in pages.items():
+            if name == "404.html":  # its addresses are a server's
+                continue
+            for width in (1280, 400):
+                browser.open(page.path, width)
+                assert browser.run("document.documentElement.scrollWidth") <= width, (name, width)
+                loaded = [problem for problem in browser.problems if "request: file:" not in problem]
+                assert loaded == [], name
