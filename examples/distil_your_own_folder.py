@@ -5,7 +5,7 @@
 
 Under `runs/own` come out `model/` (the DiT), `set/images/<class>/<k>.png` (the distilled set) and
 `set/report.html` (its page), on the screen a line a set. The training is as short as it can be, so that all
-takes half a minute on a CPU: for images of your own raise `iterations`, `ipc` and `epochs`, and `hidden_size`
+takes 20 seconds of a CPU: for images of your own raise `iterations`, `ipc` and `epochs`, and `hidden_size`
 and `depth` with them. Guidance makes the set of a model that is trained too little worse, so look at the
 images. The DiT works in pixels, so these must be small (up to about 64 px); for larger ones name a latent
 model: `DistillConfig(model="facebook/DiT-XL-2-256", classes=...)`.
@@ -41,8 +41,8 @@ def main(folder: Path) -> None:
     if not model.exists():  # `train` never writes over a model
         train(
             TrainConfig(
-                real=str(folder), out=str(OUT / "model"), hidden_size=96, depth=2, num_heads=4,
-                iterations=800, batch_size=48, lr=3e-3, ema_decay=0.98,
+                real=str(folder), out=str(OUT / "model"), hidden_size=96, depth=2, num_heads=4, patch_size=4,
+                iterations=1000, batch_size=32, lr=3e-3, ema_decay=0.98,
             )
         )  # fmt: skip
 

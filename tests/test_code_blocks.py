@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_every_block_says_its_language(name: str) -> None:
     found = blocks(text)
     assert text.count("```") == 2 * len(found), "a block is not closed, indented or inside another one"
     assert {block.language for block in found} <= LANGUAGES
-    assert text.count("<!-- notest") == sum(block.reason is not None for block in found)
+    assert len(re.findall("^<!-- notest", text, re.M)) == sum(block.reason is not None for block in found)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in COMMANDS}))
