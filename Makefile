@@ -5,7 +5,7 @@ TORCH := $(shell grep -E '^torch==' constraints.txt)
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cuda/*.cu kernels/cuda/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-gpu clean
+.PHONY: help demo test lint docs bench-gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -23,6 +23,9 @@ lint: .venv/.test-installed  ## check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: .venv/.test-installed  ## build the documentation's site into site/, warnings are errors
+	$(BIN)/mkdocs build --strict
+
 # compute-sanitizer is slow, so it gets few small shapes of each op
 bench-gpu: .venv/.test-installed  ## on a GPU: the op tests, compute-sanitizer, then every op against PyTorch
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -35,7 +38,7 @@ bench-gpu: .venv/.test-installed  ## on a GPU: the op tests, compute-sanitizer, 
 	$(BIN)/python -m benchmarks.ops_bench --device cuda
 
 clean:  ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache
 	rm -f kernels/cuda/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -67,6 +70,6 @@ endif
 .venv/.test-installed: .venv/.installed
 	@echo 'Installing the test tools into .venv ...'
 	@touch .venv/.unfinished
-	@$(PIP) install -c constraints.txt -e '.[test,triton,dali]'
+	@$(PIP) install -c constraints.txt -e '.[test,docs,triton,dali]'
 	@rm .venv/.unfinished
 	@touch $@

@@ -45,7 +45,7 @@ BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{post
 def distill(config: DistillConfig, overwrite: bool = False, session: Session | None = None) -> Path:
     """Sample a distilled set by adversary-guided curriculum sampling; returns its run folder `config.out`.
 
-    Writes images/<class>/<index>.png (or what `format` says), config.json, manifest.jsonl,
+    Writes `images/<class>/<index>.png` (or what `format` says), config.json, manifest.jsonl,
     contact_sheet.png and the state to continue from (discriminators/ and, until it ends, samples/). An
     interrupted run of the same configuration is continued and ends with the same bytes; a folder of another
     configuration raises InputError unless `overwrite`.

@@ -25,14 +25,17 @@ from tests.edits_evaluation import EVALUATION
 from tests.edits_features import FEATURE_EDITS
 from tests.edits_kernels import KERNELS
 from tests.edits_networks import NETWORKS
+from tests.edits_pages import PAGE_EDITS
 from tests.edits_parts import PART_EDITS
 from tests.edits_ranks import RANKS
 from tests.edits_real import REAL
 from tests.edits_report import REPORT
 
 ROOT = Path(__file__).resolve().parent.parent
-TREE = ("acs_fast", "kernels", "tests", "pyproject.toml", "CMakeLists.txt")
-MUTATIONS = KERNELS + ENGINE + REAL + RANKS + REPORT + NETWORKS + FEATURE_EDITS + EVALUATION + PART_EDITS
+TREE = ("acs_fast", "kernels", "tests", "docs", "examples", "pyproject.toml", "mkdocs.yml", "CMakeLists.txt")
+MUTATIONS = (
+    KERNELS + ENGINE + REAL + RANKS + REPORT + NETWORKS + FEATURE_EDITS + EVALUATION + PART_EDITS + PAGE_EDITS
+)
 WORKERS = 2
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.run import get_args_parser
 
-from acs_fast.cli import given, make_parser
-from acs_fast.config import DistillConfig, resolve
+from tests.pages import commands, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
@@ -29,39 +26,15 @@ STAND_INS = {  # what the script calls, told what to do by files in its folder
 }
 
 
-def commands() -> list[list[str]]:
-    """Every command line of the page that starts acs-fast or torchrun, in words."""
-    text = re.sub(r" *\\\n *", " ", PAGE)
-    lines = [line.split(" #")[0].strip().rstrip("&") for line in text.splitlines()]
-    lines = [re.sub(r"^srun \S+ ", "", line) for line in lines]
-    return [shlex.split(line) for line in lines if line.startswith(("acs-fast ", "torchrun --"))]
-
-
 def test_the_page_names_commands_that_there_are() -> None:
-    found = commands()
+    found = commands(PAGE)  # which tests/test_code_blocks.py has the parsers take
     assert len(found) == 5 and sum(words[0] == "torchrun" for words in found) == 3
     for words in found:
-        rest = words[1:]
-        if words[0] == "torchrun":
-            args = get_args_parser().parse_args(rest)
-            assert args.module and args.training_script == "acs_fast"
-            rest = args.training_script_args
-        parsed = make_parser().parse_args(rest)
-        if rest[0] == "distill":
-            assert resolve(DistillConfig, given(parsed, DistillConfig)).format == "wds"
-    for flag in re.findall(r"`torchrun (--[a-z-]+)", PAGE):
-        assert flag in get_args_parser().format_help()
-    flags = {action for name in ("distill", "status") for action in make_parser_flags(name)}
-    assert {"--plan", "--deterministic", "--keep-latents", "--log-json", "--verify", "--evaluate"} <= flags
+        if "distill" in words:
+            assert "wds" in words
+    there = flags("distill") | flags("status")
+    assert {"--plan", "--deterministic", "--keep-latents", "--log-json", "--verify", "--evaluate"} <= there
     assert "docs/cluster.md" in (ROOT / "README.md").read_text()
-
-
-def make_parser_flags(command: str) -> list[str]:
-    parsers = make_parser()._subparsers
-    assert parsers is not None
-    choices = parsers._group_actions[0].choices
-    assert choices is not None
-    return [flag for action in choices[command]._actions for flag in action.option_strings]
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:

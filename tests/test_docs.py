@@ -61,7 +61,8 @@ def test_a_source_distribution_holds_what_the_tests_read() -> None:
     manifest = ROOT / "MANIFEST.in"
     words = [line.split() for line in manifest.read_text().splitlines() if not line.startswith("#")]
     named = {name for command, *names in words if command in ("graft", "include") for name in names}
-    assert {"benchmarks", "docs", "kernels", "tests", "README.md", "CONTRIBUTING.md", "MANIFEST.in"} <= named
+    folders = {"benchmarks", "docs", "examples", "kernels", "tests"}
+    assert folders | {"README.md", "CONTRIBUTING.md", "MANIFEST.in", "mkdocs.yml"} <= named
 
 
 def test_contributing_names_what_there_is() -> None:

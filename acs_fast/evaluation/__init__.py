@@ -17,7 +17,7 @@ __all__ = ["check_test_images", "evaluate", "format_results"]
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Train `repeats` fresh classifiers on the images of `config.path` and each baseline; test on real ones.
 
-    `config.path` is a run folder, or a folder of <class>/<image> or of WebDataset shards. Returns
+    `config.path` is a run folder, or a folder of `<class>/<image>` or of WebDataset shards. Returns
     `evaluations`, a record for each protocol and network: for each set the best and last top-1 accuracy of
     every repeat, their mean and their standard deviation (ddof 0), in percent, and what deviates from the
     protocol; with `redundancy` also that. A run folder keeps them in results.json as they are found, beside
