@@ -3,11 +3,11 @@
 python -m benchmarks.compatibility                       PAIRS and TESTS below
 python -m benchmarks.compatibility 2.11.0:0.36.0 --tests tests/test_parity.py
 
-For each TORCH:DIFFUSERS a virtual environment is made, the package is installed into it from the commit at hand
-with pytest and what pip finds of the other dependencies, the tests run on one thread, and it is deleted. A row
-says how many passed, which did not, and the versions that pip chose. PyTorch's wheel for Linux is that for CUDA
-where the index has no other: 1.6 GB to fetch and 6 GB of disk while a pair runs. Exit code 1 if a test
-fails or a pair cannot be installed.
+For each TORCH:DIFFUSERS a virtual environment is made, the package is installed into it from the commit at
+hand with pytest and what pip finds of the other dependencies, the tests run on one thread, and it is deleted.
+A row says how many passed, which did not, and the versions that pip chose. PyTorch's wheel for Linux is that
+for CUDA where the index has no other: 1.6 GB to fetch and 6 GB of disk while a pair runs. The exit code is 1
+where a test fails or a pair cannot be installed.
 """
 
 from __future__ import annotations
@@ -78,23 +78,14 @@ def install(torch_release: str, diffusers_release: str, work: Path) -> str:
     """The Python of a new environment that holds both releases and the package; raises Failed."""
     check([sys.executable, "-m", "venv", str(work / "venv")], work)
     python = str(work / "venv" / "bin" / "python")
-    pip = [
-        python,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "install",
-        "-q",
-        "--no-cache-dir",
-    ]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
     wanted = [f"torch=={torch_release}", f"diffusers=={diffusers_release}", "pytest"]
     check([*pip, *wanted, "-e", str(work / "tree")], work)
     return python
 
 
 def run_tests(python: str, tree: Path, tests: list[str]) -> dict[str, Any]:
-    """passed, failed and skipped tests, the names of those that failed, seconds; raises Failed if none ran."""
+    """How many passed, failed and were skipped, who failed, seconds; raises Failed where none ran."""
     report = tree / "report.xml"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     started = time.perf_counter()
