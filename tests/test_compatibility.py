@@ -94,8 +94,8 @@ def test_the_commit_is_tested_and_not_the_changes_since(tmp_path, monkeypatch) -
     assert (tmp_path / "tree" / "a.py").read_text() == "committed"
 
 
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool) -> tuple[list[dict], list[Path]]:
-    """The rows of two pairs, the first of which cannot be installed, and the folders they worked in."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[str], text: str) -> tuple[int, list]:
+    """The exit code and the rows of pairs with tests of this text; torch 1.0 cannot be installed."""
     folders = []
 
     def install(torch_release: str, diffusers_release: str, work: Path) -> str:
@@ -104,41 +104,37 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool) -> tuple
             raise Failed("ERROR: No matching distribution found for torch==1.0")
         return sys.executable
 
-    text = OUTCOMES if failing else "def test_passes(): pass"
     monkeypatch.setattr(compatibility, "export", lambda folder: tree_with(folder, test_all=text))
     monkeypatch.setattr(compatibility, "install", install)
     monkeypatch.setattr(compatibility, "commit", lambda: "0123456789ab+")
-    result = tmp_path / "rows.jsonl"
-    pairs = ["1.0:0.1", "9.9:0.2"] if failing else ["9.9:0.2"]
-    monkeypatch.setattr(
-        "sys.argv", ["compatibility", *pairs, "--tests", "tests/test_all.py", "--result", str(result)]
-    )
+    result, code = tmp_path / "rows.jsonl", 0
+    options = ["--tests", "tests/test_all.py", "--result", str(result)]
+    monkeypatch.setattr("sys.argv", ["compatibility", *pairs, *options])
     try:
         compatibility.main()
-    finally:
-        rows = [json.loads(line) for line in result.read_text().splitlines()]
-        assert folders and not any(folder.exists() for folder in folders)
-        (tmp_path / "seen.json").write_text(json.dumps(rows))
-    return rows, folders
+    except SystemExit as end:
+        code = end.code
+    assert len(folders) == len(pairs) and not any(folder.exists() for folder in folders)
+    return code, [json.loads(line) for line in result.read_text().splitlines()]
 
 
-def test_every_pair_has_a_row_with_what_was_installed(tmp_path, monkeypatch, capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, monkeypatch, failing=True)
-    assert end.value.code == 1
-    refused, ran = json.loads((tmp_path / "seen.json").read_text())
+def test_a_pair_that_cannot_be_installed_has_a_row_with_the_reason(tmp_path, monkeypatch) -> None:
+    code, (refused, ran) = run(tmp_path, monkeypatch, ["1.0:0.1", "9.9:0.2"], "def test_passes(): pass")
+    assert code == 1 and ran["passed"] == 1
     assert (refused["torch"], refused["diffusers"]) == ("1.0", "0.1")
     assert refused["reason"].startswith("ERROR: No matching") and "passed" not in refused
-    assert (
-        ran["torch"] == torch.__version__ and ran["versions"]["diffusers"]
-    )  # what is there, not what was asked
-    assert (ran["passed"], ran["failed"], ran["commit"]) == (3, 2, "0123456789ab")
-    assert "test_fails" in capsys.readouterr().out
+
+
+def test_a_row_says_what_was_installed_and_who_failed(tmp_path, monkeypatch, capsys) -> None:
+    code, (row,) = run(tmp_path, monkeypatch, ["9.9:0.2"], OUTCOMES)
+    assert code == 1 and "test_fails" in capsys.readouterr().out
+    assert row["torch"] == torch.__version__ and row["versions"]["diffusers"]  # there, not asked for
+    assert (row["passed"], row["failed"], row["commit"]) == (3, 2, "0123456789ab")
 
 
 def test_a_matrix_without_a_failure_ends_well(tmp_path, monkeypatch) -> None:
-    ((row,), _) = run(tmp_path, monkeypatch, failing=False)
-    assert (row["passed"], row["failed"], row["failures"]) == (1, 0, [])
+    code, (row,) = run(tmp_path, monkeypatch, ["9.9:0.2"], "def test_passes(): pass")
+    assert (code, row["passed"], row["failed"], row["failures"]) == (0, 1, 0, [])
 
 
 def test_the_matrix_spans_what_the_package_asks_for() -> None:
