@@ -118,9 +118,8 @@ def _why_no_xformers() -> str | None:
         from xformers import _cpp_lib
         from xformers.ops import memory_efficient_attention  # noqa: F401
 
-        failure = getattr(
-            _cpp_lib, "_cpp_library_load_exception", None
-        )  # it imports without its kernels then
+        # where this is set, xformers has imported without its kernels
+        failure = getattr(_cpp_lib, "_cpp_library_load_exception", None)
     except Exception as error:
         failure = error
     if failure is None:

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.edits import EMULATION, Mutation
+from tests.edits_drop_in import DROP_IN_EDITS
 from tests.edits_engine import ENGINE
 from tests.edits_evaluation import EVALUATION
 from tests.edits_features import FEATURE_EDITS
@@ -34,7 +35,17 @@ from tests.edits_report import REPORT
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ("acs_fast", "kernels", "tests", "docs", "examples", "pyproject.toml", "mkdocs.yml", "CMakeLists.txt")
 MUTATIONS = (
-    KERNELS + ENGINE + REAL + RANKS + REPORT + NETWORKS + FEATURE_EDITS + EVALUATION + PART_EDITS + PAGE_EDITS
+    KERNELS
+    + ENGINE
+    + REAL
+    + RANKS
+    + REPORT
+    + NETWORKS
+    + FEATURE_EDITS
+    + EVALUATION
+    + PART_EDITS
+    + PAGE_EDITS
+    + DROP_IN_EDITS
 )
 WORKERS = 2
 

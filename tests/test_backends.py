@@ -17,6 +17,9 @@ from torch import Tensor
 from acs_fast import DistillConfig, InputError, backends, get_backend
 from acs_fast.backends import GROUP, METHODS, Backend, Fast, Reference, why_no_backend
 from acs_fast.guidance import unit
+from acs_fast.models.dit import DiT, DiTConfig
+from acs_fast.networks import Networks
+from tests.test_sampler import randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = [3, 8]
@@ -28,8 +31,11 @@ TARGETS = torch.tensor([0, 1, 0, 1, 0])
 
 
 def prepared(name: str, **settings: Any) -> Backend:
+    shape = DiTConfig(8, 2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    networks = Networks(randomise(DiT(shape), 0.2, seed=3), None, None)
     backend = get_backend(name)
-    backend.prepare(DistillConfig(**{**SETTINGS, **settings}), class_labels=CLASSES, batch_size=3)
+    config = DistillConfig(**{**SETTINGS, **settings})
+    backend.prepare(config, networks, class_labels=CLASSES, batch_size=3)
     return backend
 
 

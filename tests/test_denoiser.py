@@ -258,7 +258,7 @@ def test_without_the_null_branch_half_is_computed_and_its_place_holds_the_other(
             model, ops.select("reference", CPU), attention.Attention("math"), timesteps=[500], batch_size=2,
             slots=3, with_variance=True, pack=False, with_null=with_null,
         )  # fmt: skip
-        rows = torch.tensor(denoiser.table.hold([1, 2], [0]) + [3, 3])
+        rows = torch.tensor([*denoiser.table.hold([1, 2], [0]), 3, 3])
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             found[with_null] = denoiser(x, 0, rows).clone()

@@ -22,10 +22,12 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 SECONDS = 180  # a busy machine's; on an idle one each takes less than a minute
 COMES_OUT = {  # files, and what the last lines are
+    "acs_loop.py": (["acs-loop/3/000.png"], r"^30 images in acs-loop; "),
     "distil_your_own_folder.py": (
         ["runs/own/model/model.safetensors", "runs/own/set/images/digit-7/3.png", "runs/own/set/report.html"],
         r"distilled: [\d.]+ % of the test images, 4 images a class\nrandom real: [\d.]+ %.*\n$",
     ),
+    "three_lines.py": ([], r"8 images in three-lines\n$"),
     "use_with_imagefolder.py": (
         ["runs/for-imagefolder/images/7/3.png"],
         r"plain: 12 images of 3 classes\nplain: a linear classifier .*\ntorchvision: .*\ntimm: .*\n$",
@@ -50,7 +52,7 @@ def run(command: list[str], folder: Path) -> str:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_runs_and_gives_what_its_head_says(name: str, tmp_path: Path) -> None:
     said = run([sys.executable, str(EXAMPLES / name)], tmp_path)
-    files, pattern = COMES_OUT.get(name, ([], ""))
+    files, pattern = COMES_OUT[name]
     assert [file for file in files if not (tmp_path / file).is_file()] == []
     assert re.search(pattern, said), said
     if name == "distil_your_own_folder.py":

@@ -29,6 +29,7 @@ DPM = [
             {},
             {"solver_order": 1},
             {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+            {"final_sigmas_type": "sigma_min"},
             {"use_karras_sigmas": True},
             {"euler_at_final": True},
         ),

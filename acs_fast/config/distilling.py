@@ -20,7 +20,7 @@ from acs_fast.config.fields import (
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What `distill` does: model, method (equations 1 to 4 of docs/method.md), output. Each field is a flag."""
+    """What `distill` does: model, method (equations 1 to 4 of docs/method.md), output; fields are flags."""
 
     preset: str = option("digits", "named set of defaults for the fields below")
     out: str = option("runs/digits", "output folder; an interrupted run there is continued")
