@@ -4,7 +4,7 @@ python -m benchmarks.compatibility                       PAIRS and TESTS below
 python -m benchmarks.compatibility 2.11.0:0.36.0 --tests tests/test_parity.py
 
 For each TORCH:DIFFUSERS a virtual environment is made, the package is installed into it from the commit at
-hand with pytest and what pip finds of the other dependencies, the tests run on one thread, and it is deleted.
+hand with pytest and what pip finds of the other dependencies, the tests run, and it is deleted.
 A row says how many passed, which did not, and the versions that pip chose. PyTorch's wheel for Linux is that
 for CUDA where the index has no other: 1.6 GB to fetch and 6 GB of disk while a pair runs. The exit code is 1
 where a test fails or a pair cannot be installed.
@@ -51,7 +51,7 @@ class Failed(Exception):
 
 
 def execute(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A command on one thread, without this process's own paths to packages."""
+    """A command, OpenMP on one thread, without this process's own paths to packages."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -130,7 +130,6 @@ def try_pair(pair: str, tests: list[str]) -> dict[str, Any]:
         **row,
         "tests": tests,
         "device": f"cpu ({device_name(torch.device('cpu'))})",
-        "threads": 1,
         "commit": at and at.removesuffix("+"),  # its files were tested, not the changes since
     }
 
