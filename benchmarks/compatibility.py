@@ -115,6 +115,7 @@ def try_pair(pair: str, tests: list[str]) -> dict[str, Any]:
     """The row of a pair `TORCH:DIFFUSERS`."""
     torch_release, _, diffusers_release = pair.partition(":")
     row: dict[str, Any] = {"torch": torch_release, "diffusers": diffusers_release}
+    at = commit()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         try:
@@ -125,7 +126,6 @@ def try_pair(pair: str, tests: list[str]) -> dict[str, Any]:
             row |= run_tests(python, work / "tree", tests)
         except Failed as failure:
             row["reason"] = str(failure)
-    at = commit()
     return {
         **row,
         "tests": tests,
