@@ -112,9 +112,9 @@ class Reference:
         if self.kernels == "reference" or config.backend == "reference":
             config = dataclasses.replace(config, backend=self.kernels)
         self.generator = ImageGenerator(config, resolve_device(config.device), networks, schedule)
+        self.note = self.generator.choose(batch_size)  # what was measured
         self.config, self.device = self.generator.config, self.generator.device
         self.class_labels, self.batch_size = list(class_labels), batch_size
-        self.note = self.generator.choose(batch_size)
         self.generator.prepare(batch_size, class_labels)
 
     def sample(

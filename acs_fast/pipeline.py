@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from acs_fast.backends import Backend, OnStep, get_backend
 from acs_fast.config import DistillConfig, InputError
+from acs_fast.diffusion import Schedule
 from acs_fast.models.checkpoint import from_transformer
 from acs_fast.models.vae import VAE
 from acs_fast.networks import LARGE, Networks, dtype_name
@@ -124,25 +128,29 @@ class ACSPipeline(DiTPipeline):
         Returns an `ImagePipelineOutput`, or a tuple of the images alone. Raises InputError for labels out of
         range, for a discriminator of another latent shape, and for what cannot be served.
         """
-        labels = self._check(class_labels, output_type, objective, callback_on_step_end_tensor_inputs)
+        labels = self._labels(class_labels)
+        output_type = output_type or "np"
+        self._check(output_type, objective, adversarial_scale, callback_on_step_end_tensor_inputs)
         fitted = discriminator if isinstance(discriminator, Discriminator) else None
         if fitted is not None and curricula > 1:
             raise InputError("curricula train their discriminators: give a network's name, or curricula=1")
         parts = _curricula(labels, curricula)
         settings: dict[str, Any] = {"cfg_scale": max(1.0, float(guidance_scale))}
         if adversarial_scale and (curricula > 1 or fitted is not None):
-            settings |= {"objective": objective, "guidance_scale": float(adversarial_scale)}
-            settings |= {"discriminator": discriminator if isinstance(discriminator, str) else "convnet-3"}
+            name = fitted.settings["network"] if fitted is not None else discriminator or "convnet-3"
+            scale = float(adversarial_scale)
+            settings |= {"objective": objective, "guidance_scale": scale, "discriminator": name}
         classes = list(dict.fromkeys(labels)) if fitted is None else list(fitted.class_labels)
-        latents, keys = self._draw(len(labels), generator)
-        batch_size = self._batch_size(max(map(len, parts)))
-        backend = self._prepare(settings, classes, batch_size, num_inference_steps)
         targets = self._targets(labels, fitted)
         network = None if fitted is None or not adversarial_scale else fitted.network
+        schedule = read_schedule(self.scheduler, num_inference_steps)
+        latents, keys = self._draw(len(labels), generator, any(u.noise for u in schedule.updates))
         class_labels_, samples = torch.tensor(labels), torch.empty_like(latents)
-        walks = callback_on_step_end is not None or self._execution_device.type != "cuda"
+        batch_size = self._batch_size(max(map(len, parts)))
+        walks = callback_on_step_end is not None or latents.device.type != "cuda"
         total = sum(-(-len(rows) // batch_size) for rows in parts) * num_inference_steps
-        with self.progress_bar(total=total if walks else len(parts)) as progress:
+        with _on(latents.device), self.progress_bar(total=total if walks else len(parts)) as progress:
+            backend = self._prepare(settings, classes, batch_size, schedule)
             for number, rows in enumerate(parts):
                 if number and adversarial_scale:
                     done = torch.cat(parts[:number])
@@ -152,21 +160,36 @@ class ACSPipeline(DiTPipeline):
                     on_step=self._on_step(callback_on_step_end, progress) if walks else None,
                 )  # fmt: skip
                 progress.update(0 if walks else 1)
-        images = samples if output_type == "latent" else self._decode(backend, samples, output_type)
+            images = samples if output_type == "latent" else self._decode(backend, samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(
-        self, class_labels: Any, output_type: str | None, objective: str, inputs: Sequence[str]
-    ) -> list[int]:
-        labels = [int(label) for label in class_labels]
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which makes an engine of its own."""
+        return {**self.__dict__, "_backend": None, "_prepared": ()}
+
+    def _labels(self, class_labels: Any) -> list[int]:
+        """The labels as numbers; InputError for what is none of the model's."""
         known = self.transformer.config.num_embeds_ada_norm
+        accepted = f"this model's are 0 to {known - 1}; get_label_ids has those of names"
+        try:
+            labels = [operator.index(label) for label in class_labels]
+        except TypeError as error:
+            raise InputError(
+                f"class_labels is {class_labels!r}, a list of numbers is needed: {accepted}"
+            ) from error
         wrong = [label for label in labels if not 0 <= label < known]
         if wrong or not labels:
-            found = f"class label {wrong[0]}" if wrong else "an empty list of class labels"
-            raise InputError(f"{found}: this model's are 0 to {known - 1}; get_label_ids knows them by name")
+            raise InputError(f"{f'class label {wrong[0]}' if wrong else 'class_labels is empty'}: {accepted}")
+        return labels
+
+    def _check(
+        self, output_type: str, objective: str, adversarial_scale: float, inputs: Sequence[str]
+    ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type is {output_type!r}, it must be one of {', '.join(OUTPUT_TYPES)}")
+        if not 0 <= adversarial_scale < math.inf:
+            raise InputError(f"adversarial_scale is {adversarial_scale}, it must be finite and not negative")
         if objective not in OBJECTIVES:
             raise InputError(
                 f"objective is {objective!r}, a pipeline takes {' or '.join(OBJECTIVES)}; those that need "
@@ -174,14 +197,23 @@ class ACSPipeline(DiTPipeline):
             )
         if unknown := [name for name in inputs if name != "latents"]:
             raise InputError(f"callback_on_step_end_tensor_inputs holds {unknown[0]!r}; there is 'latents'")
-        return labels
 
-    def _draw(self, count: int, generator: Any) -> tuple[Tensor, Tensor]:
-        """Latents [n, C, H, W] as diffusers draws them, then each image's key, int64 [n] on the CPU."""
+    def _draw(self, count: int, generator: Any, noisy: bool) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, H, W] as diffusers draws them, then each image's key, int64 [n] on the CPU.
+
+        No key is drawn where no step has noise: a generator is left as diffusers leaves it.
+        """
+        if isinstance(generator, list) and len(generator) not in (1, count):
+            raise InputError(
+                f"there are {len(generator)} generators for {count} images; give one, or one each"
+            )
         config, device = self.transformer.config, self._execution_device
         shape = (count, config.in_channels, config.sample_size, config.sample_size)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
-        generators = generator if isinstance(generator, list) else [generator] * count
+        if not noisy:
+            return latents.float(), torch.zeros(count, dtype=torch.long)
+        generators = generator if isinstance(generator, list) else [generator]
+        generators = generators * (count // len(generators))
         keys = [
             torch.randint(NOISE_KEYS, (), generator=g, device=device if g is None else g.device)
             for g in generators
@@ -195,12 +227,14 @@ class ACSPipeline(DiTPipeline):
         most = BATCH_SIZES.get(self._execution_device.type, BATCH_SIZES["cpu"]) if large else SMALL_BATCH_SIZE
         return -(-images // -(-images // most))
 
-    def _prepare(self, settings: dict[str, Any], classes: list[int], batch_size: int, steps: int) -> Backend:
+    def _prepare(
+        self, settings: dict[str, Any], classes: list[int], batch_size: int, schedule: Schedule
+    ) -> Backend:
         """The backend, ready for such batches; made anew where anything that it hangs on has changed.
 
         Of the classes it hangs on their number alone: `sample` is always told the targets.
         """
-        schedule, transformer = read_schedule(self.scheduler, steps), self.transformer
+        transformer = self.transformer
         if hasattr(transformer, "_hf_hook"):
             raise InputError("the transformer is offloaded to the host; move the pipeline with .to('cuda')")
         weights = tuple((p.data_ptr(), p._version) for p in transformer.parameters())
@@ -248,6 +282,11 @@ class ACSPipeline(DiTPipeline):
 
 # `from_pretrained` reads the types of its parameters, in older releases of diffusers not from strings
 functools.update_wrapper(ACSPipeline.__init__, DiTPipeline.__init__)
+
+
+def _on(device: torch.device) -> Any:
+    """Makes a GPU the current one, which is where the engine captures."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _curricula(labels: Sequence[int], curricula: int) -> list[Tensor]:

@@ -48,6 +48,11 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
+def test_what_was_chosen_is_kept(both) -> None:
+    assert both[0].config.attention == "flash" and both[0].config.compile == "off"
+    assert both[0].generator.engine is not None and both[1].generator.engine is None
+
+
 def test_a_batch_without_guidance_is_the_same(both) -> None:
     a, b = (backend.sample(LABELS, INDICES) for backend in both)
     assert a.shape == (5, 1, 8, 8) and a.dtype == torch.float32 and close(a, b)

@@ -322,9 +322,11 @@ def wrong_discriminator() -> Discriminator:
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([1000], {}, r"class label 1000: this model's are 0 to 999; get_label_ids"),
+        ([1000], {}, r"class label 1000: this model's are 0 to 999; get_label_ids has"),
         ([-1], {}, "class label -1"),
-        ([], {}, "an empty list of class labels"),
+        ([], {}, "class_labels is empty"),
+        (["shark"], {}, r"class_labels is \['shark'\], a list of numbers is needed"),
+        ([1, 1], {"curricula": 2, "adversarial_scale": -1.0}, "adversarial_scale is -1.0, it must be finite"),
         ([1], {"output_type": "jpeg"}, "output_type is 'jpeg', it must be one of pil, np, pt, latent"),
         ([1], {"objective": "learnability"}, "adversarial or nonsaturating; those that need real images"),
         ([1, 1, 7], {"curricula": 2}, "curricula is 2, and class 7 has 1 images"),
@@ -337,6 +339,45 @@ def wrong_discriminator() -> Discriminator:
 def test_wrong_use_is_one_sentence(fast, labels, options, message) -> None:
     with pytest.raises(InputError, match=message):
         call(fast, labels, **options)
+
+
+def test_one_generator_or_one_each(fast) -> None:
+    with pytest.raises(InputError, match="there are 2 generators for 3 images; give one, or one each"):
+        fast([1, 2, 7], generator=[torch.Generator(), torch.Generator()], num_inference_steps=2)
+    one = [torch.Generator().manual_seed(0)]
+    images = fast([1, 7], generator=one, num_inference_steps=STEPS, output_type=None).images
+    assert np.array_equal(images, call(fast, (1, 7)))
+
+
+def test_labels_may_be_tensors_and_arrays(fast) -> None:
+    expected = call(fast, (1, 7))
+    for labels in (torch.tensor([1, 7]), np.array([1, 7])):
+        generator = torch.Generator().manual_seed(0)
+        images = fast(labels, generator=generator, num_inference_steps=STEPS, output_type="np").images
+        assert np.array_equal(images, expected)
+
+
+def test_calls_one_after_another_are_diffusers_with_one_generator(pipe, fast) -> None:
+    results = []
+    for each in (pipe, fast):
+        generator = torch.Generator().manual_seed(0)
+        options = {"generator": generator, "num_inference_steps": STEPS, "output_type": "np"}
+        results.append([each([label], **options).images for label in (1, 7)])
+    assert np.abs(np.array(results[0]) - np.array(results[1])).max() < 1 / 255
+
+
+def test_a_copy_has_an_engine_of_its_own(fast) -> None:
+    expected = call(fast)
+    assert np.array_equal(call(copy.deepcopy(fast)), expected)
+
+
+def test_discriminators_of_several_networks_one_after_another(fast) -> None:
+    labels, options = [1, 7, 7], {"num_inference_steps": 10, "output_type": "latent"}
+    samples, found = call(fast, labels, **options), []
+    for network in ("convnet-1", "convnet-2", "resnet-18", "convnet-1"):
+        f = Discriminator(network, class_labels=[1, 7], size=16, steps=2).fit(samples, labels)
+        found.append(call(fast, labels, discriminator=f, adversarial_scale=0.3, **options))
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
 
 
 def test_a_discriminator_of_another_latent_shape_is_refused(fast) -> None:
