@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -277,6 +278,10 @@ class ACSPipeline(DiTPipeline):
             return images
         pixels = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(pixels) if output_type == "pil" else pixels
+
+
+# `from_pretrained` reads the types of its parameters, in older releases of diffusers not from strings
+functools.update_wrapper(ACSPipeline.__init__, DiTPipeline.__init__)
 
 
 def _on(device: torch.device) -> Any:
