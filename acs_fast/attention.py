@@ -68,7 +68,7 @@ def choose(
     qkv = torch.randn(b, t, 3, h, d, generator=generator, device=device).to(dtype)
     if name != "auto":
         if reason := _refusal(Attention(name), qkv):
-            raise InputError(f"--attention {name} cannot run here: {reason}; use auto")
+            raise InputError(f"attention {name} cannot run here: {reason}; use auto")
         return Attention(name)
     refusals = {k: reason for k in KERNELS if (reason := _refusal(Attention(k), qkv))}
     able = [k for k in KERNELS if k not in refusals]

@@ -23,7 +23,7 @@ from acs_fast.feeds import permuted
 from acs_fast.generator import ImageGenerator
 from acs_fast.guidance import Guidance, unit
 from acs_fast.kernels.structures import guidance_workspace
-from acs_fast.models.classifier import ConvNet, build_classifier, stack_convnets
+from acs_fast.models.classifier import ConvNet, seeded_classifier, stack_convnets
 from acs_fast.networks import Networks
 from acs_fast.plan import cut
 
@@ -129,6 +129,8 @@ class Reference:
     ) -> Tensor:
         if targets is None:
             targets = torch.tensor([self.class_labels.index(label) for label in class_labels.tolist()])
+        if discriminator is not None and next(discriminator.parameters()).device != self.device:
+            discriminator = copy.deepcopy(discriminator).to(self.device)
         guidance = None if discriminator is None else self.generator.steer(discriminator, None)
         walk = self.generator.denoise if on_step is None else self.generator.walk
         shape = self.generator.shape
@@ -168,9 +170,7 @@ class Reference:
 
     def _network(self, seed: int) -> nn.Module:
         channels, size = self.generator.seen_shape()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = build_classifier(self.config.discriminator, channels, len(self.class_labels), size)
+        network = seeded_classifier(self.config.discriminator, channels, len(self.class_labels), size, seed)
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _batches(self, samples: Tensor, targets: Tensor, seed: int) -> Any:
@@ -289,4 +289,7 @@ def why_no_backend(backend: object) -> str | None:
         missing = [p for p in wanted if p not in taken]
         if missing:
             return f"its {name}() takes no {', '.join(missing)}; it is called with {', '.join(wanted)}"
+        needed = [p for p, kind in taken.items() if p not in wanted and kind.default is kind.empty]
+        if needed:
+            return f"its {name}() needs {', '.join(needed)} too; it is called with {', '.join(wanted)}"
     return None

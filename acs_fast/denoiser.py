@@ -144,7 +144,8 @@ class Denoiser:
 
     def _final(self, model: DiT) -> Linear:
         """The last projection, with the rows of the channels that are wanted, patch by patch."""
-        linear, kept = model.final_layer.linear, nn.Linear(1, 1)
+        with torch.device("meta"):  # its own start values would be drawn from the global generator
+            linear, kept = model.final_layer.linear, nn.Linear(1, 1)
         layout = (self.config.patch_size**2, model.out_channels)
         weight, bias = (v.detach().unflatten(0, layout)[:, : self.out_channels] for v in linear.parameters())
         kept.weight, kept.bias = (nn.Parameter(v.flatten(0, 1), requires_grad=False) for v in (weight, bias))

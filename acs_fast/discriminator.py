@@ -19,7 +19,7 @@ from acs_fast import graph
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.distributed import Ranks
 from acs_fast.feeds import Examples, permuted
-from acs_fast.models.classifier import build_classifier
+from acs_fast.models.classifier import seeded_classifier
 from acs_fast.session import Session
 from acs_fast.writer import read_tensors, write_tensors
 
@@ -50,9 +50,7 @@ class Classifiers:
 
     def build(self, name: str) -> nn.Module:
         """An untrained network; its weights are a function of the run's seed and the name."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed(name))
-            network = build_classifier(self.config.discriminator, *self.shape)
+        network = seeded_classifier(self.config.discriminator, *self.shape, self._seed(name))
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def get(

@@ -9,17 +9,19 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from acs_fast.attention import KERNELS
 from acs_fast.backends import Backend, OnStep, get_backend
 from acs_fast.config import DistillConfig, InputError
 from acs_fast.diffusion import Schedule
 from acs_fast.models.checkpoint import from_transformer
-from acs_fast.models.vae import VAE
-from acs_fast.networks import LARGE, Networks, dtype_name
+from acs_fast.models.vae import VAE, check_fits
+from acs_fast.networks import DTYPES, LARGE, Networks, dtype_name
 from acs_fast.parts import Discriminator
 from acs_fast.plan import curriculum_ranges
 from acs_fast.schedulers import clips, read_schedule
@@ -51,7 +53,10 @@ def accelerate(pipe: Any, *, backend: str = "fast", attention: str = "auto") -> 
     """
     if not isinstance(pipe, DiTPipeline):
         raise InputError(f"accelerate takes a diffusers DiTPipeline, this is a {type(pipe).__name__}")
-    from_transformer(pipe.transformer)
+    get_backend(backend)
+    if attention not in ("auto", *KERNELS):
+        raise InputError(f"attention is {attention!r}, it must be auto, {', '.join(KERNELS)}")
+    check_fits(VAE(pipe.vae), from_transformer(pipe.transformer).config)
     read_schedule(pipe.scheduler, 2)
     names: dict[int, list[str]] = {}
     for name, number in pipe.labels.items():
@@ -68,8 +73,10 @@ class ACSPipeline(DiTPipeline):
     """`DiTPipeline` on the engine: the same arguments and output, and ACS guidance beside them.
 
     It is saved as a `DiTPipeline`, which diffusers loads without this package, and `from_pretrained` loads
-    any of those. The engine is made by the first call and kept as long as batch size, steps, scale, scheduler
-    and weights stay as they are.
+    any of those; backend and attention are `accelerate`'s to choose. The engine is made by the first call and
+    kept as long as batch size, steps, scales, scheduler, VAE and weights stay as they are and, with ACS, the
+    number of classes and the discriminator's network; `release` gives it up. Weights that are written through
+    `.data` are not seen: `release` then.
 
     Differences to diffusers: latents stay in fp32 beside a transformer in 16 bits; with a stochastic
     scheduler the noise of an image hangs on its own key, which `generator` draws after the latents, and not
@@ -95,6 +102,7 @@ class ACSPipeline(DiTPipeline):
         settings = json.loads(super().to_json_string())
         return json.dumps({**settings, "_class_name": "DiTPipeline"}, indent=2, sort_keys=True) + "\n"
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,
@@ -130,23 +138,33 @@ class ACSPipeline(DiTPipeline):
         """
         labels = self._labels(class_labels)
         output_type = output_type or "np"
-        self._check(output_type, objective, adversarial_scale, callback_on_step_end_tensor_inputs)
-        fitted = discriminator if isinstance(discriminator, Discriminator) else None
-        if fitted is not None and curricula > 1:
-            raise InputError("curricula train their discriminators: give a network's name, or curricula=1")
+        numbers = {"guidance_scale": guidance_scale, "adversarial_scale": adversarial_scale}
+        self._check(output_type, objective, numbers, callback_on_step_end_tensor_inputs)
+        fitted = _fitted(discriminator, curricula)
         parts = _curricula(labels, curricula)
         settings: dict[str, Any] = {"cfg_scale": max(1.0, float(guidance_scale))}
-        if adversarial_scale and (curricula > 1 or fitted is not None):
+        classes = list(dict.fromkeys(labels)) if fitted is None else list(fitted.class_labels)
+        steered = adversarial_scale > 0 and (curricula > 1 or fitted is not None)
+        if steered and len(classes) < 2:
+            raise InputError(
+                f"all images are of class {classes[0]}, and a discriminator tells classes apart; give two "
+                "classes or more, or curricula=1"
+            )
+        if steered:
             name = fitted.settings["network"] if fitted is not None else discriminator or "convnet-3"
             scale = float(adversarial_scale)
             settings |= {"objective": objective, "guidance_scale": scale, "discriminator": name}
-        classes = list(dict.fromkeys(labels)) if fitted is None else list(fitted.class_labels)
         targets = self._targets(labels, fitted)
         network = None if fitted is None or not adversarial_scale else fitted.network
         schedule = read_schedule(self.scheduler, num_inference_steps)
         latents, keys = self._draw(len(labels), generator, any(u.noise for u in schedule.updates))
         class_labels_, samples = torch.tensor(labels), torch.empty_like(latents)
+        self.scheduler.set_timesteps(num_inference_steps)  # as diffusers leaves it
         batch_size = self._batch_size(max(map(len, parts)))
+        if not steered:  # then a batch of the same size may be of any classes
+            others = (k for k in range(self.transformer.config.num_embeds_ada_norm) if k not in classes)
+            classes = [*classes, *islice(others, max(0, batch_size - len(classes)))]
+            classes = classes[: max(batch_size, 1)]
         walks = callback_on_step_end is not None or latents.device.type != "cuda"
         total = sum(-(-len(rows) // batch_size) for rows in parts) * num_inference_steps
         with _on(latents.device), self.progress_bar(total=total if walks else len(parts)) as progress:
@@ -163,6 +181,15 @@ class ACSPipeline(DiTPipeline):
             images = samples if output_type == "latent" else self._decode(backend, samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def release(self) -> None:
+        """Give up the engine and its memory; the next call makes it anew, of the weights as they are then."""
+        self._backend, self._prepared = None, ()
+
+    def to(self, *args: Any, **keywords: Any) -> Any:
+        """As diffusers' `to`; the engine does not stay behind."""
+        self.release()
+        return super().to(*args, **keywords)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which makes an engine of its own."""
@@ -184,12 +211,13 @@ class ACSPipeline(DiTPipeline):
         return labels
 
     def _check(
-        self, output_type: str, objective: str, adversarial_scale: float, inputs: Sequence[str]
+        self, output_type: str, objective: str, numbers: dict[str, float], inputs: Sequence[str]
     ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"output_type is {output_type!r}, it must be one of {', '.join(OUTPUT_TYPES)}")
-        if not 0 <= adversarial_scale < math.inf:
-            raise InputError(f"adversarial_scale is {adversarial_scale}, it must be finite and not negative")
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value!r}, it must be a finite number, 0 or more")
         if objective not in OBJECTIVES:
             raise InputError(
                 f"objective is {objective!r}, a pipeline takes {' or '.join(OBJECTIVES)}; those that need "
@@ -235,11 +263,13 @@ class ACSPipeline(DiTPipeline):
         Of the classes it hangs on their number alone: `sample` is always told the targets.
         """
         transformer = self.transformer
+        if transformer.dtype not in DTYPES.values():
+            raise InputError(f"the transformer is in {transformer.dtype}; it must be in {', '.join(DTYPES)}")
         if hasattr(transformer, "_hf_hook"):
             raise InputError("the transformer is offloaded to the host; move the pipeline with .to('cuda')")
         weights = tuple((p.data_ptr(), p._version) for p in transformer.parameters())
         chosen = self.backend_name, self.attention
-        key = (schedule, settings, len(classes), batch_size, chosen, weights, id(self.vae))
+        key = (schedule, settings, len(classes), batch_size, chosen, weights, self._vae_key())
         if self._backend is None or self._prepared != key:
             self._backend = None  # its memory first
             model, backend = from_transformer(transformer), get_backend(self.backend_name)
@@ -252,6 +282,9 @@ class ACSPipeline(DiTPipeline):
             backend.prepare(config, networks, class_labels=classes, batch_size=batch_size, schedule=schedule)
             self._backend, self._prepared = backend, key
         return self._backend
+
+    def _vae_key(self) -> tuple[Any, ...]:
+        return id(self.vae), self.vae.dtype, self.vae.device
 
     def _targets(self, labels: list[int], fitted: Discriminator | None) -> Tensor:
         if fitted is None:
@@ -266,9 +299,12 @@ class ACSPipeline(DiTPipeline):
             progress.update()
             if callback is None:
                 return
-            returned = callback(self, step, timestep, {"latents": x}) or {}
-            if (latents := returned.get("latents", x)) is not x:
-                x.copy_(latents)
+            handed = x.clone()  # x is overwritten by the next step, and a callback may keep what it sees
+            latents = (callback(self, step, timestep, {"latents": handed}) or {}).get("latents", handed)
+            if latents.shape != x.shape:
+                shapes = f"{tuple(latents.shape)}, it was given {tuple(x.shape)}"
+                raise InputError(f"callback_on_step_end returned latents of the shape {shapes}")
+            x.copy_(latents)
 
         return on_step
 
@@ -282,6 +318,27 @@ class ACSPipeline(DiTPipeline):
 
 # `from_pretrained` reads the types of its parameters, in older releases of diffusers not from strings
 functools.update_wrapper(ACSPipeline.__init__, DiTPipeline.__init__)
+
+
+def _fitted(discriminator: Any, curricula: int) -> Discriminator | None:
+    """The discriminator of the whole call, if it is one; InputError for what cannot steer it."""
+    if not isinstance(curricula, int) or isinstance(curricula, bool):
+        raise InputError(f"curricula is {curricula!r}, it must be a whole number")
+    if isinstance(discriminator, Discriminator):
+        if curricula > 1:
+            raise InputError("curricula train their discriminators: give a network's name, or curricula=1")
+        return discriminator
+    if discriminator is not None and not isinstance(discriminator, str):
+        kind = type(discriminator).__name__
+        raise InputError(
+            f"discriminator is a {kind}; give a network's name or a fitted acs_fast.Discriminator"
+        )
+    if discriminator is not None and curricula == 1:
+        raise InputError(
+            f"discriminator={discriminator!r} is trained between curricula, and there is one; give "
+            "curricula=2 or more, or a fitted Discriminator"
+        )
+    return None
 
 
 def _on(device: torch.device) -> Any:

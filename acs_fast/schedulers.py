@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -57,14 +58,16 @@ def read_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
     }.get(name)
     if read is None:
         raise InputError(f"the scheduler is a {name}; accepted are {ACCEPTED}")
-    settings = dict(scheduler.config)
+    # a configuration keeps what another scheduler had: only what the class itself takes means anything
+    own = inspect.signature(type(scheduler).__init__).parameters
+    settings = {key: value for key, value in scheduler.config.items() if key in own}
     for key, served in {**SERVED, **OWN.get(name, {})}.items():
         if settings.get(key, served[0]) not in served:
             values = " or ".join(map(repr, served))
             raise InputError(f"the {name} has {key}={settings[key]!r}; served is {values}")
-    if not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
         raise InputError(
-            f"num_inference_steps is {num_inference_steps}, it must be 1 to {NUM_TRAIN_TIMESTEPS}"
+            f"num_inference_steps is {num_inference_steps!r}, it must be 1 to {NUM_TRAIN_TIMESTEPS}"
         )
     own_copy = copy.deepcopy(scheduler)
     own_copy.set_timesteps(num_inference_steps)
@@ -72,8 +75,8 @@ def read_schedule(scheduler: Any, num_inference_steps: int) -> Schedule:
 
 
 def clips(scheduler: Any) -> bool:
-    """Whether the scheduler clamps x0 to [-1, 1]."""
-    return bool(scheduler.config.get("clip_sample", False))
+    """Whether the scheduler clamps x0 to [-1, 1]: DPM-Solver never does, whatever its configuration kept."""
+    return not type(scheduler).__name__.startswith("DPM") and bool(scheduler.config.get("clip_sample", False))
 
 
 def _coefficients(timesteps: list[int], a: np.ndarray, a_prev: np.ndarray) -> list[StepCoefficients]:

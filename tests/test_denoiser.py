@@ -191,7 +191,7 @@ def test_on_a_gpu_the_first_of_the_fastest_is_taken_unless_it_is_wrong(monkeypat
 
 @pytest.mark.parametrize("name", ["cudnn", "xformers"])
 def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason(name) -> None:
-    with pytest.raises(InputError, match=f"--attention {name} cannot run here: .+; use auto"):
+    with pytest.raises(InputError, match=f"attention {name} cannot run here: .+; use auto"):
         attention.choose(name, (2, 16, 2, 8), torch.float32, CPU)
 
 

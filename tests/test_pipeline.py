@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +270,12 @@ def test_a_fitted_discriminator_steers_every_image(pipe, fast) -> None:
     plain = call(fast, labels, **options)
     discriminator = Discriminator("convnet-2", class_labels=[7, 1], size=16, steps=5).fit(plain, labels)
     steered = call(fast, labels, discriminator=discriminator, adversarial_scale=0.3, **options)
-    assert ((steered - plain).flatten(1).norm(dim=1) > 1e-3).all()
-    scored = [discriminator.direction(x, labels) for x in (plain, steered)]
-    assert all(torch.isfinite(values).all() for values in scored)
+    targets = discriminator.targets(labels)
+    before, after = (
+        torch.nn.functional.cross_entropy(discriminator.network(x), targets, reduction="none")
+        for x in (plain, steered)
+    )
+    assert (after > before).all()  # what ACS ascends
 
 
 def test_the_callback_sees_every_step_and_may_replace_the_latents(fast) -> None:
@@ -287,6 +291,9 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(fast) -> None:
     scheduler.set_timesteps(STEPS)
     assert seen == list(enumerate(scheduler.timesteps.tolist()))
     assert not np.allclose(changed, call(fast))
+    kept: list[Tensor] = []
+    call(fast, callback_on_step_end=lambda p, i, t, values: kept.append(values["latents"]))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(kept))
     assert np.array_equal(call(fast, callback_on_step_end=lambda p, i, t, values: values), call(fast))
 
 
@@ -326,14 +333,29 @@ def wrong_discriminator() -> Discriminator:
         ([-1], {}, "class label -1"),
         ([], {}, "class_labels is empty"),
         (["shark"], {}, r"class_labels is \['shark'\], a list of numbers is needed"),
-        ([1, 1], {"curricula": 2, "adversarial_scale": -1.0}, "adversarial_scale is -1.0, it must be finite"),
+        (
+            [1, 1],
+            {"curricula": 2, "adversarial_scale": -1.0},
+            "adversarial_scale is -1.0, it must be a finite",
+        ),
         ([1], {"output_type": "jpeg"}, "output_type is 'jpeg', it must be one of pil, np, pt, latent"),
         ([1], {"objective": "learnability"}, "adversarial or nonsaturating; those that need real images"),
         ([1, 1, 7], {"curricula": 2}, "curricula is 2, and class 7 has 1 images"),
         ([1], {"curricula": 0}, "curricula is 0"),
         ([1], {"num_inference_steps": 0}, "num_inference_steps is 0"),
         ([1], {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "holds 'prompt_embeds'"),
-        ([1, 1], {"curricula": 2, "discriminator": "convnet-9"}, "convnet-9 needs images of 512 px"),
+        ([1, 1, 7, 7], {"curricula": 2, "discriminator": "convnet-9"}, "convnet-9 needs images of 512 px"),
+        ([1, 1], {"curricula": 2}, "all images are of class 1, and a discriminator tells classes apart"),
+        ([1], {"discriminator": "convnet-2"}, "trained between curricula, and there is one"),
+        ([1, 7], {"discriminator": torch.nn.Flatten()}, "discriminator is a Flatten; give a network's name"),
+        ([1], {"curricula": 2.0}, "curricula is 2.0, it must be a whole number"),
+        ([1], {"guidance_scale": float("inf")}, "guidance_scale is inf, it must be a finite number"),
+        ([1], {"num_inference_steps": 4.0}, "num_inference_steps is 4.0, it must be 1 to 1000"),
+        (
+            [1],
+            {"callback_on_step_end": lambda *a: {"latents": torch.zeros(1)}},
+            r"latents of the shape \(1,\)",
+        ),
     ],
 )
 def test_wrong_use_is_one_sentence(fast, labels, options, message) -> None:
@@ -369,6 +391,61 @@ def test_calls_one_after_another_are_diffusers_with_one_generator(pipe, fast) ->
 def test_a_copy_has_an_engine_of_its_own(fast) -> None:
     expected = call(fast)
     assert np.array_equal(call(copy.deepcopy(fast)), expected)
+
+
+def test_inference_mode_around_calls(pipe) -> None:
+    ours = accelerate(pipe)
+    expected = call(ours, (1, 1, 7, 7), curricula=2)
+    ours.release()
+    with torch.inference_mode():
+        assert np.allclose(call(ours, (1, 1, 7, 7), curricula=2), expected, atol=1e-4)
+    assert np.allclose(call(ours, (1, 1, 7, 7), curricula=2), expected, atol=1e-4)
+
+
+def test_no_random_state_is_moved_but_the_generators(fast, monkeypatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seeded.append(seed))
+    torch.manual_seed(5)
+    seeded.clear()
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    seeded.clear()
+    call(fast, (1, 1, 7, 7), curricula=2)
+    assert torch.equal(torch.rand(1), expected) and not seeded
+
+
+def test_the_vae_and_the_scheduler_may_be_changed_after_a_call() -> None:
+    ours = accelerate(make_pipe())
+    call(ours)
+    ours.vae.to(torch.bfloat16)
+    assert np.isfinite(call(ours)).all()
+    ours.scheduler = DPMSolverMultistepScheduler.from_config(DDIMScheduler(clip_sample=True).config)
+    theirs = make_pipe(DPMSolverMultistepScheduler())
+    theirs.vae.to(torch.bfloat16)
+    a, b = (call(p, output_type="latent") for p in (ours, accelerate(theirs)))
+    assert torch.allclose(a, b)
+
+
+def test_what_accelerate_cannot_serve_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="there is no backend 'quick'"):
+        accelerate(make_pipe(), backend="quick")
+    with pytest.raises(InputError, match="attention is 'quick', it must be auto, cudnn, flash"):
+        accelerate(make_pipe(), attention="quick")
+    pipe = make_pipe()
+    pipe.vae = AutoencoderKL(latent_channels=8)
+    with pytest.raises(InputError, match="the VAE has 8 latent channels, the model samples 4"):
+        accelerate(pipe)
+    with pytest.raises(InputError, match=r"the transformer is in torch.float64; it must be in bf16"):
+        call(accelerate(make_pipe(dtype=torch.float64)))
+
+
+def test_a_compiled_transformer_and_from_pipe(pipe, fast) -> None:
+    compiled = copy.copy(pipe)
+    compiled.transformer = torch.compile(pipe.transformer)
+    assert np.abs(call(accelerate(compiled)) - call(fast)).max() < 1e-5
+    made = ACSPipeline.from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    assert np.abs(call(made) - call(fast)).max() < 1e-5
 
 
 def test_discriminators_of_several_networks_one_after_another(fast) -> None:

@@ -101,6 +101,15 @@ def test_every_step_is_the_schedulers(kind, settings, steps, monkeypatch) -> Non
         assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
+def test_what_a_configuration_keeps_of_another_scheduler_means_nothing(monkeypatch) -> None:
+    other = DDIMScheduler(clip_sample=True, clip_sample_range=2.0).config
+    kept = DPMSolverMultistepScheduler.from_config(other)
+    assert kept.config["clip_sample"] and not clips(kept)
+    expected = by_diffusers(DPMSolverMultistepScheduler.from_config(other), 7, monkeypatch)
+    for ours, theirs in zip(by_schedule(kept, 7), expected, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
 def test_the_scheduler_stays_as_it_is() -> None:
     scheduler = DPMSolverMultistepScheduler()
     before = scheduler.timesteps.clone()

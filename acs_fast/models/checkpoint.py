@@ -176,10 +176,16 @@ def from_transformer(transformer: Any) -> DiT:
     stays as it is. The embedders, of which each of its blocks has a copy, are the first block's.
     Raises InputError for a transformer that is no DiT, as one is whose blocks' embedders differ.
     """
+    transformer = getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     config = read_dit_config(transformer.config, "the transformer's configuration")
     if config.num_classes == 1000:
         config = dataclasses.replace(config, classes=imagenet_classes())
     layout, stored = diffusers_layout(config), dict(transformer.named_parameters())
+    if missing := [part for parts in layout.parts.values() for part in parts if part not in stored]:
+        raise InputError(
+            f"the transformer has no parameter {_listed(missing)}; give a DiT as diffusers loads it, neither "
+            "quantised nor with adapters that are not fused"
+        )
     with torch.device("meta"):
         model = DiT(config)
     state = {}

@@ -47,6 +47,13 @@ def build_classifier(name: str, in_channels: int, num_classes: int, size: int) -
     return ResNetAP(in_channels, num_classes)
 
 
+def seeded_classifier(name: str, in_channels: int, num_classes: int, size: int, seed: int) -> nn.Module:
+    """`build_classifier` with weights that are a function of the seed; every random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too, for good
+        return build_classifier(name, in_channels, num_classes, size)
+
+
 def default_network(size: int) -> str:
     """The ConvNet whose depth fits the image size: 3 up to 32 px, 4 at 64, 5 at 128, 6 at 224 and above."""
     return f"convnet-{min(6, max(3, math.ceil(math.log2(size)) - 2))}"

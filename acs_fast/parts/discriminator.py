@@ -18,7 +18,7 @@ from acs_fast.config.fields import check_discriminator
 from acs_fast.discriminator import Trainer, score
 from acs_fast.feeds import permuted
 from acs_fast.guidance import Guidance
-from acs_fast.models.classifier import build_classifier
+from acs_fast.models.classifier import seeded_classifier
 from acs_fast.parts.checks import Whole, check_objective, check_real, check_whole, whole_numbers
 from acs_fast.writer import write_atomic
 
@@ -210,10 +210,8 @@ class Discriminator:
 
     def _build(self) -> nn.Module:
         """An untrained network; its weights are a function of the seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings["seed"])
-            shape = (self.channels, len(self.class_labels), self.size)
-            network = build_classifier(self.settings["network"], *shape)
+        shape = (self.channels, len(self.class_labels), self.size)
+        network = seeded_classifier(self.settings["network"], *shape, self.settings["seed"])
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
