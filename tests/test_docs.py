@@ -122,3 +122,14 @@ def test_the_evaluation_is_as_fast_and_as_true_as_the_page_says() -> None:
         assert abs(difference["mean"]) <= difference["half"]
     for value in accuracy["mean"].values():
         assert f"{value:.1f} %" in page
+
+
+def test_the_drop_in_is_as_fast_as_its_page_says() -> None:
+    page = (ROOT / "docs" / "drop_in.md").read_text()
+    for line in (RESULTS / "drop_in.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        low, high = row["interval"]
+        ratio = f"{row['times_as_fast']} ({low} to {high})"
+        cells = [row["batch_size"], row["steps"], f"{row['without']} s", f"{row['with']} s", ratio]
+        assert f"| {' | '.join(map(str, cells))} | {row['first_call_s']} s |" in page
+        assert row["check"] <= 1.0

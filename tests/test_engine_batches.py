@@ -71,7 +71,7 @@ def sample(engine: StepEngine, items: list[Item]) -> dict[Item, Tensor]:
 def started(engine: StepEngine, items: list[Item]) -> Tensor:
     """The noise that a batch starts from, with its padding."""
     labels, indices = torch.tensor(items).unbind(1)
-    engine._write(labels, indices, labels)
+    engine._write(labels, indices, labels, None)
     engine._start(False)
     return engine.x.clone()
 

@@ -417,7 +417,7 @@ def test_a_step_is_timed_after_the_one_that_fills_the_table(digits, monkeypatch)
             yield torch.zeros(1)
 
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(digits, "_walk", walk)
+    monkeypatch.setattr(digits, "walk", walk)
     assert digits.seconds_per_step(2, 0) == pytest.approx(0.05)
     assert now[0] == pytest.approx(5.0 + 5 * 0.05, abs=0.051)
 
