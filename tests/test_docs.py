@@ -133,3 +133,10 @@ def test_the_drop_in_is_as_fast_as_its_page_says() -> None:
         cells = [row["batch_size"], row["steps"], f"{row['without']} s", f"{row['with']} s", ratio]
         assert f"| {' | '.join(map(str, cells))} | {row['first_call_s']} s |" in page
         assert row["check"] <= 1.0
+
+
+def test_every_pair_of_releases_passed() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "compatibility.jsonl").read_text().splitlines()]
+    assert rows and all(row["failed"] == 0 and row["passed"] > 200 for row in rows)
+    assert {"0.36.0", "0.39.0"} <= {row["diffusers"] for row in rows}
+    assert {"2.11", "2.12", "2.13"} == {row["torch"][:4] for row in rows}
