@@ -122,7 +122,7 @@ class ACSPipeline(DiTPipeline):
     ) -> Any:
         """Images of `class_labels`, as `DiTPipeline` makes them, or steered by ACS.
 
-        guidance_scale: of classifier-free guidance; 1 and less sample the conditional model, twice as fast.
+        guidance_scale: of classifier-free guidance; 1 and less sample the conditional model alone.
         generator: draws the latents as diffusers does, one for all images or one each.
         output_type: `pil`, `np`, `pt` or `latent`, the scaled latents.
 

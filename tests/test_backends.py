@@ -161,6 +161,9 @@ class Toy:
 class Lacking(Toy):
     decode = None
 
+class Needy(Toy):
+    def decode(self, samples, vae): return samples
+
 class Narrow(Toy):
     def sample(self, class_labels, indices): return None
 
@@ -185,7 +188,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = site / "acs_toy-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acs-toy\nVersion: 1.0\n")
-    lines = ["toy = acs_toy:Toy", "lacking = acs_toy:Lacking", "narrow = acs_toy:Narrow"]
+    lines = [
+        "toy = acs_toy:Toy",
+        "lacking = acs_toy:Lacking",
+        "narrow = acs_toy:Narrow",
+        "needy = acs_toy:Needy",
+    ]
     lines += ["broken = acs_toy:broken", "gone = acs_gone:Toy"]
     (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]) + "\n")
     return site
@@ -200,11 +208,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("narrow", "the backend 'narrow' (acs_toy:Narrow) is no acs_fast.Backend: its sample() takes no "
          "discriminator, targets, latents, on_step; it is called with class_labels, indices, discriminator, "
          "targets, latents, on_step"),
+        ("needy", "the backend 'needy' (acs_toy:Needy) is no acs_fast.Backend: its decode() needs vae too; "
+         "it is called with samples"),
         ("broken", "the backend 'broken' (acs_toy:broken) cannot be loaded (RuntimeError: no licence)"),
         ("gone", "the backend 'gone' (acs_gone:Toy) cannot be loaded (ModuleNotFoundError: No module named "
          "'acs_gone')"),
         ("none", "there is no backend 'none'; installed are broken, fast, gone, lacking, narrow, "
-         "reference, toy"),
+         "needy, reference, toy"),
     ],
 )  # fmt: skip
 def test_a_contributed_backend_is_found_and_checked(installed, name, message) -> None:

@@ -388,6 +388,14 @@ def test_calls_one_after_another_are_diffusers_with_one_generator(pipe, fast) ->
     assert np.abs(np.array(results[0]) - np.array(results[1])).max() < 1 / 255
 
 
+def test_the_engine_is_given_up(pipe) -> None:
+    ours = accelerate(pipe)
+    for give_up in (ours.release, lambda: ours.to("cpu")):
+        expected = call(ours)
+        give_up()
+        assert ours._backend is None and np.array_equal(call(ours), expected)
+
+
 def test_a_copy_has_an_engine_of_its_own(fast) -> None:
     expected = call(fast)
     assert np.array_equal(call(copy.deepcopy(fast)), expected)
